@@ -1,0 +1,54 @@
+"""Which settings exclude or need each other: the combinations that are refused before anything is allocated."""
+
+from __future__ import annotations
+
+from ava_fast.config import Config, Fault
+
+
+def conflicts(config: Config) -> list[Fault]:
+    """Every impossible combination in a tree whose single values are valid."""
+    model, moe, training = config.model, config.moe, config.training
+    faults = []
+
+    def refuse(key: str, given: object, allowed: str) -> None:
+        faults.append(Fault(key, "does not go with the other settings", given=str(given), allowed=allowed))
+
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        refuse(
+            "model.num_heads",
+            model.num_heads,
+            f"a divisor of model.hidden_size ({model.hidden_size}), or set model.head_dim",
+        )
+    elif head_dim(config) % 2:
+        refuse("model.head_dim", head_dim(config), "an even number: the rotation turns pairs")
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        refuse("model.num_kv_heads", model.num_kv_heads, f"a divisor of model.num_heads ({model.num_heads})")
+    if model.num_dense_layers > model.num_layers:
+        refuse("model.num_dense_layers", model.num_dense_layers, f"at most model.num_layers ({model.num_layers})")
+    if 0 < moe.num_experts < moe.top_k:
+        refuse("moe.top_k", moe.top_k, f"at most moe.num_experts ({moe.num_experts})")
+    if moe.shared_expert_gate and not moe.shared_experts:
+        refuse("moe.shared_expert_gate", "true", "false, or set moe.shared_experts")
+    if training.warmup_steps is not None and training.warmup_steps > training.max_steps:
+        refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
+    if training.lr_end > training.learning_rate:
+        refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    return faults
+
+
+def head_dim(config: Config) -> int:
+    return config.model.head_dim or config.model.hidden_size // config.model.num_heads
+
+
+def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
+    """What a number of ranks does not go with."""
+    if config.training.batch_size % world_size:
+        return [
+            Fault(
+                "training.batch_size",
+                f"cannot be shared out over {world_size} ranks",
+                given=str(config.training.batch_size),
+                allowed=f"a multiple of the world size ({world_size})",
+            )
+        ]
+    return []

@@ -1,0 +1,472 @@
+"""YAML plus overrides → one frozen tree of typed settings.
+
+    config = load_config("configs/demo.yaml", ["training.learning_rate=0.0003"])
+    config.training.learning_rate
+
+Every fault is reported at once, each with its key, what was given, what is allowed and the closest valid key.
+`python -m ava_fast.config` prints the reference page (docs/configuration.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import annotated_types
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed: no coercion of "8" to 8, no unknown key, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The decoder's shape. A block is dense or a mixture of experts (see `moe`)."""
+
+    vocab_size: Positive = 1024
+    """Rows of the embedding. A tokenizer trained by ava-fast gets this many tokens; a given one may have fewer."""
+    hidden_size: Positive = 128
+    """Width of the residual stream (M)."""
+    num_layers: Positive = 3
+    """Decoder blocks."""
+    num_heads: Positive = 4
+    """Query heads (H)."""
+    num_kv_heads: Positive | None = None
+    """Key/value heads; fewer than `num_heads` gives grouped-query attention. None: as many as `num_heads`."""
+    head_dim: Positive | None = None
+    """Width of a head (D). None: `hidden_size / num_heads`."""
+    intermediate_size: Positive = 384
+    """Width of the SwiGLU in dense blocks."""
+    num_dense_layers: Count = 0
+    """The first blocks that use a dense MLP in place of experts. With `moe.num_experts: 0` all do."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the MLP and before the output head."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the variance."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections into the residual stream are scaled by 1/√(2·layers)."""
+
+
+class MoeConfig(Section):
+    """Router and experts, the same in every mixture-of-experts block."""
+
+    num_experts: Count = 8
+    """Routed experts per block (E). 0: every block is dense."""
+    top_k: Positive = 2
+    """Experts that each token is sent to (K)."""
+    intermediate_size: Positive = 192
+    """Width of one expert's SwiGLU (I)."""
+    shared_experts: Count = 0
+    """Experts that see every token; they act as one MLP of width `shared_experts · intermediate_size`."""
+    shared_expert_gate: bool = False
+    """Scale the shared experts' output by a learned sigmoid gate per token (Qwen2-MoE)."""
+    normalize: bool = True
+    """Renormalise the chosen experts' weights so that they add up to 1."""
+    jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """In training, multiply the router's input by uniform noise in [1 − jitter, 1 + jitter] (Switch Transformer)."""
+    aux_loss_weight: NonNegative = 0.01
+    """Weight of the load-balancing loss."""
+    z_loss_weight: NonNegative = 0.001
+    """Weight of the router z-loss (ST-MoE), which keeps router logits small."""
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes sequences."""
+
+    data_dir: str | None = None
+    """A folder of text files, or of shards that `ava-fast prepare` wrote. None: the Python standard library's source."""
+    cache_dir: str = "outputs/data"
+    """Where tokenizers and shards made from a text folder are kept; made once per distinct input."""
+    tokenizer_name: str | None = None
+    """A `tokenizer.json` or a folder that holds one. None: train a byte-level BPE of `model.vocab_size` tokens."""
+    max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = 128
+    """Tokens per training sequence (S)."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of documents held out, chosen by a hash of their path: never trained on."""
+
+
+class TrainingConfig(Section):
+    """The optimisation run."""
+
+    max_steps: Positive = 1000
+    """Optimizer steps."""
+    batch_size: Positive = 8
+    """Sequences in one forward pass, over all ranks together: a world of N gets `batch_size / N` each."""
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes per optimizer step; a step sees `batch_size · gradient_accumulation_steps` sequences."""
+    learning_rate: PositiveFloat = 4e-3
+    """Peak rate, reached at the end of warmup."""
+    lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warmup; `wsd` stays constant and decays linearly over the last fifth."""
+    warmup_steps: Count | None = None
+    """Steps of linear warmup. None: `warmup_ratio` of the run."""
+    warmup_ratio: Fraction = 0.03
+    """Share of `max_steps` spent in warmup, unless `warmup_steps` is set."""
+    lr_end: NonNegative = 0.0
+    """Rate at the last step (ignored by `constant`)."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices; norms and biases have none."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's decay rate of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's decay rate of the second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's denominator term."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient norm to this. 0: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Of initial weights, data order and router noise."""
+    init_from: str | None = None
+    """A folder written by `ava-fast import`: start from these weights instead of random ones."""
+
+
+class MemoryConfig(Section):
+    """Trades of time for memory."""
+
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in backward."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    save_steps: Count = 500
+    """Steps between checkpoints. 0: only at the end and on interruption."""
+    save_total_limit: Positive | None = 3
+    """The newest checkpoints that are kept. None: all."""
+
+
+class EvaluationConfig(Section):
+    """Held-out loss during and after training, and a sample of text at the end."""
+
+    eval_steps: Count = 500
+    """Steps between evaluations. 0: only at the end."""
+    max_sequences: Positive | None = 512
+    """Held-out sequences per evaluation, always the same ones. None: all."""
+    prompt: str | None = None
+    """Continue this text after training and show the result."""
+    max_new_tokens: Positive = 64
+    """Length of that continuation."""
+    temperature: NonNegative = 0.0
+    """Of its sampling. 0: the most likely token each time."""
+
+
+class DistributedConfig(Section):
+    """Between ranks."""
+
+    timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
+    """A collective that takes longer ends the run."""
+
+
+class DeepspeedConfig(Section):
+    """What DeepSpeed shards."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """0 replicates everything; 1 shards optimizer states; 2 gradients as well; 3 parameters as well."""
+    bucket_elements: Annotated[int, Field(ge=1000, le=10**10)] = 50_000_000
+    """Elements per reduce and all-gather bucket: larger is faster and takes more memory."""
+
+
+class LoggingConfig(Section):
+    """What a run leaves behind and what it prints."""
+
+    output_dir: str = "outputs"
+    """Runs go to `<output_dir>/runs/run_<timestamp>[_name]/`."""
+    experiment_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    """Appended to the run's folder name."""
+    log_steps: Positive = 10
+    """Steps between step lines; metrics.jsonl gets every step."""
+    progress: bool = True
+    """A progress bar with ETA, on rank 0 and only on a terminal."""
+
+
+class Config(Section):
+    """Everything a run is."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration."""
+
+    key: str
+    problem: str
+    given: str | None = None
+    allowed: str | None = None
+    closest: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.key}: {self.problem}"]
+        if self.given is not None:
+            parts.append(f"given: {self.given}")
+        if self.allowed is not None:
+            parts.append(f"allowed: {self.allowed}")
+        if self.closest is not None:
+            parts.append(f"closest valid key: {self.closest}")
+        return "; ".join(parts)
+
+
+class ConfigError(ValueError):
+    """A configuration that was refused, with every fault found in it."""
+
+    def __init__(self, source: str, faults: list[Fault]):
+        self.source, self.faults = source, faults
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n  ".join([f"{source}: {count} in the configuration", *map(str, faults)]))
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file (None: only defaults), applies `section.key=value` overrides, validates the whole tree.
+
+    Raises ConfigError naming every fault; nothing else, whatever the file holds.
+    """
+    source = str(path) if path is not None else "configuration"
+    tree = _read_yaml(path) if path is not None else {}
+    faults: list[Fault] = []
+    for override in overrides or []:
+        _apply_override(tree, override, faults)
+    return _validate(tree, source, faults)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML that `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `3e-4` is a number, a key given twice is a mistake, a date is only text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {_show(key)} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {_show(key)} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(_FLOAT), list("-+0123456789."))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = _parse_yaml(Path(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [Fault("file", f"cannot be read: {error.strerror or error}")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [Fault("file", f"is not UTF-8 text: byte {error.start}")]) from None
+    except Exception as error:  # PyYAML lets ValueError, RecursionError and others out for malformed input
+        raise ConfigError(str(path), [Fault("file", f"is not valid YAML: {_one_line(error)}")]) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), [Fault("file", "must hold sections", given=_show(tree), allowed=_sections())])
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str, faults: list[Fault]) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    section, dot, leaf = key.partition(".")
+    if not equals or not dot or not section or not leaf:
+        faults.append(Fault("--override", "is not section.key=value", given=_show(override)))
+        return
+    if key not in _leaves():
+        faults.append(_unknown(key, text))
+        return
+    try:
+        value = _parse_yaml(text)
+    except Exception as error:  # as in _read_yaml
+        faults.append(Fault(key, f"the override's value is not valid YAML: {_one_line(error)}", given=_show(text)))
+        return
+    if tree.get(section) is None:
+        tree[section] = {}
+    if isinstance(tree[section], dict):  # otherwise validation reports the section itself
+        tree[section] = {**tree[section], leaf: value}
+
+
+def _validate(tree: dict[str, Any], source: str, faults: list[Fault]) -> Config:
+    known: dict[str, Any] = {}
+    for section, body in tree.items():
+        if section not in Config.model_fields:
+            faults.append(_unknown(section, body))
+            continue
+        if body is None:  # an empty section in YAML
+            continue
+        if not isinstance(body, dict):
+            faults.append(Fault(section, "must be a section", given=_show(body), allowed=_keys_of(section)))
+            continue
+        known[section] = {}
+        for leaf, value in body.items():
+            if f"{section}.{leaf}" in _leaves():
+                known[section][leaf] = value
+            else:
+                faults.append(_unknown(f"{section}.{leaf}", value))
+    try:
+        config = Config.model_validate(known)
+    except ValidationError as error:
+        seen = set()
+        for detail in error.errors(include_url=False, include_context=False):
+            key = ".".join(str(part) for part in detail["loc"][:2])
+            if key not in seen:  # a union reports one error per member
+                seen.add(key)
+                faults.append(
+                    Fault(key, "is not allowed", given=_show(_lookup(known, key)), allowed=describe(_leaves()[key]))
+                )
+        raise ConfigError(source, faults) from None
+    from ava_fast.compatibility import conflicts  # imports Config from here
+
+    faults.extend(conflicts(config))
+    if faults:
+        raise ConfigError(source, faults)
+    return config
+
+
+def _lookup(tree: dict[str, Any], key: str) -> Any:
+    section, leaf = key.split(".")
+    return tree[section][leaf]
+
+
+def _unknown(key: str, value: Any) -> Fault:
+    candidates = [*_leaves(), *Config.model_fields]
+    close = difflib.get_close_matches(key[:200], candidates, n=1, cutoff=0.0)
+    leaf = key.rpartition(".")[2]
+    same_name = [candidate for candidate in _leaves() if candidate.endswith(f".{leaf}")]
+    return Fault(key if len(key) <= 200 else key[:200] + "…", "is not a setting", given=_show(value), closest=(same_name or close)[0])
+
+
+def _sections() -> str:
+    return "sections " + ", ".join(Config.model_fields)
+
+
+def _keys_of(section: str) -> str:
+    return "keys " + ", ".join(key.partition(".")[2] for key in _leaves() if key.startswith(f"{section}."))
+
+
+def _leaves() -> dict[str, Any]:
+    """`section.key` → its pydantic FieldInfo."""
+    return {
+        f"{section}.{leaf}": info
+        for section, body in Config.model_fields.items()
+        for leaf, info in typing.cast(type[Section], body.annotation).model_fields.items()
+    }
+
+
+def describe(info: Any) -> str:
+    """What a field accepts, in words: `integer ≥ 1`, `one of cosine, linear`, `text or null`."""
+    return _describe_type(info.annotation, tuple(info.metadata))
+
+
+def _describe_type(annotation: Any, metadata: tuple[Any, ...]) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        inner = [part for extra in arguments[1:] for part in getattr(extra, "metadata", [extra])]
+        return _describe_type(arguments[0], (*metadata, *inner))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe_type(argument, metadata) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if annotation is type(None):
+        return "null"
+    words = {bool: "true or false", int: "integer", float: "number", str: "text"}[annotation]
+    bounds = []
+    for rule in metadata:
+        if isinstance(rule, annotated_types.Ge):
+            bounds.append(f"≥ {rule.ge}")
+        elif isinstance(rule, annotated_types.Gt):
+            bounds.append(f"> {rule.gt}")
+        elif isinstance(rule, annotated_types.Le) and rule.le != 2**53:
+            bounds.append(f"≤ {rule.le}")
+        elif isinstance(rule, annotated_types.Lt):
+            bounds.append(f"< {rule.lt}")
+        elif getattr(rule, "pattern", None):
+            bounds.append(f"matching {rule.pattern}")
+    return " ".join([words, " and ".join(bounds)]).strip()
+
+
+def _show(value: Any) -> str:
+    """A value as a person typed it, on one line and short, printable on any terminal."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits; a structure nested too deep
+        text = f"a {type(value).__name__} too large to show"
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _one_line(error: Exception) -> str:
+    return _show(" ".join(str(error).split()) or type(error).__name__)[1:-1] if str(error) else type(error).__name__
+
+
+def reference() -> str:
+    """The configuration reference in Markdown, from the fields and their docstrings."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Generated from `ava_fast/config.py` by `python -m ava_fast.config`; a test keeps it current.",
+        "Any key can be set in the YAML file or by `--override section.key=value`.",
+    ]
+    for section, body in Config.model_fields.items():
+        cls = typing.cast(type[Section], body.annotation)
+        lines += ["", f"## {section}", "", str(cls.__doc__), "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        for leaf, info in cls.model_fields.items():
+            default = "null" if info.default is None else str(info.default).lower() if isinstance(info.default, bool) else info.default
+            cells = (f"`{section}.{leaf}`", f"`{default}`", describe(info), " ".join(str(info.description).split()))
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
