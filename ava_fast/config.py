@@ -21,6 +21,8 @@ import annotated_types
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ava_fast.errors import UserError
+
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -242,7 +244,7 @@ class Fault:
         return "; ".join(parts)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that was refused, with every fault found in it."""
 
     def __init__(self, source: str, faults: list[Fault]):

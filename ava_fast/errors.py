@@ -1,0 +1,21 @@
+"""What can end a run, and the exit code that says so."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it and says how to mend it."""
+
+    exit_code = 2
+
+
+class TrainingError(RuntimeError):
+    """A run that had started cannot go on; the message is one line that says why and what is safe on disk."""
+
+    exit_code = 3
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, finished its step and saved; `--resume latest` continues it."""
+
+    exit_code = 75
