@@ -19,8 +19,8 @@ def conflicts(config: Config) -> list[Fault]:
             model.num_heads,
             f"a divisor of model.hidden_size ({model.hidden_size}), or set model.head_dim",
         )
-    elif head_dim(config) % 2:
-        refuse("model.head_dim", head_dim(config), "an even number: the rotation turns pairs")
+    elif config.head_dim % 2:
+        refuse("model.head_dim", config.head_dim, "an even number: the rotation turns pairs")
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         refuse("model.num_kv_heads", model.num_kv_heads, f"a divisor of model.num_heads ({model.num_heads})")
     if model.num_dense_layers > model.num_layers:
@@ -34,10 +34,6 @@ def conflicts(config: Config) -> list[Fault]:
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
     return faults
-
-
-def head_dim(config: Config) -> int:
-    return config.model.head_dim or config.model.hidden_size // config.model.num_heads
 
 
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:

@@ -222,6 +222,16 @@ class Config(Section):
     deepspeed: DeepspeedConfig = DeepspeedConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head, resolved."""
+        return self.model.head_dim or self.model.hidden_size // self.model.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads, resolved."""
+        return self.model.num_kv_heads or self.model.num_heads
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -1,0 +1,25 @@
+"""Drop-in operations for mixture-of-experts transformers: rotary attention, routing, expert matmuls.
+
+    from ava_kernels import moe_mlp, rope_attention, route
+
+Depends on torch alone. Each folder holds `reference.py`, the plain PyTorch definition that runs on every device.
+Shape suffixes: B batch, S sequence, T tokens, H heads, D head dim, M model dim, I expert width, E experts,
+K choices per token, N = T·K (token, choice) pairs.
+"""
+
+from ava_kernels.attention.reference import rope_attention
+from ava_kernels.experts.op import grouped_mm, moe_mlp
+from ava_kernels.rotary.reference import apply_rotary, rope_table
+from ava_kernels.routing.reference import Routing, load_balancing_loss, route, router_z_loss
+
+__all__ = [
+    "Routing",
+    "apply_rotary",
+    "grouped_mm",
+    "load_balancing_loss",
+    "moe_mlp",
+    "rope_attention",
+    "rope_table",
+    "route",
+    "router_z_loss",
+]
