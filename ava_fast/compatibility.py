@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ava_fast.config import Config, Fault
+
+# Of sections `model` and `moe`: what changes how a model is trained, not what it is.
+TUNABLE = {"jitter", "aux_loss_weight", "z_loss_weight", "initializer_range"}
 
 
 def conflicts(config: Config) -> list[Fault]:
@@ -48,3 +53,14 @@ def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
             )
         ]
     return []
+
+
+def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:
+    """Settings in which weights with the sections `saved` are another model than `config` describes."""
+    own = config.model_dump()
+    return [
+        f"{section}.{key} is {own[section][key]}, there it is {value}"
+        for section in ("model", "moe")
+        for key, value in saved[section].items()
+        if key not in TUNABLE and own[section].get(key) != value
+    ]

@@ -1,0 +1,50 @@
+# make demo    installs, trains a small mixture of experts on real text, shows it generate
+# make test    installs and runs everything that CI runs: lint, types, tests
+# make bench   times a training step beside transformers' Mixtral and the start-up, on this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread per rank: two ranks share the cores of a small machine.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test bench format clean
+
+demo: $(VENV)/.installed
+	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.is_available() else 2)') && \
+	$(BIN)/torchrun --nproc_per_node=$$ranks -m ava_fast.train --config configs/demo.yaml --resume latest
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m bench.startup
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ava-fast needs Python 3.10 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 demo")'
+	@echo "installing into $(VENV): about a minute, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) torch
+	@touch $@
+
+# Without build isolation, DeepSpeed's build finds the torch above instead of fetching one of its own.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,168 @@
+"""`ava-fast <command>`: everything around a training run.
+
+    ava-fast preflight --config configs/demo.yaml
+    ava-fast prepare --data-dir texts --output shards --vocab-size 32000
+    ava-fast generate outputs/runs/run_… --prompt 'def main('
+    ava-fast export outputs/runs/run_… --output exported
+    ava-fast import Mixtral-folder --output imported
+
+Exit code 2 and one line where the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ava_fast.checkpoint import store
+from ava_fast.config import Config, load_config
+from ava_fast.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except UserError as error:
+        print(str(error).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        return error.exit_code
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from ava_fast.preflight import run_checks, table
+
+    checks = run_checks(load_config(options.config, options.override), options.world_size)
+    print(table(checks))
+    return 0 if all(check.ok for check in checks) else UserError.exit_code
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from ava_fast.data.prepare import prepare
+    from ava_fast.data.shards import read_index
+
+    folder = prepare(
+        options.data_dir,
+        options.output,
+        vocab_size=options.vocab_size,
+        tokenizer_name=options.tokenizer,
+        validation_fraction=options.validation_fraction,
+    )
+    index = read_index(folder)
+    print(f"{index.train.tokens:,} training tokens in {index.train.documents:,} documents")
+    print(f"{index.validation.tokens:,} held-out tokens in {index.validation.documents:,} documents")
+    if index.skipped:
+        print(f"{index.skipped:,} files were not read: see {folder / 'skipped.jsonl'}")
+    print(f"train on it with --data-dir {folder}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from ava_fast.data.tokenizer import end_of_text_id, load_tokenizer
+    from ava_fast.model.generation import generate
+    from ava_fast.model.transformer import Transformer
+
+    weights, config, tokenizer_file = _load(Path(options.source))
+    if tokenizer_file is None:
+        raise UserError(f"{options.source}: has no tokenizer.json; put the model's beside its config.yaml")
+    tokenizer = load_tokenizer(tokenizer_file)
+    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    if not prompt:
+        raise UserError("--prompt: has no tokens; give at least one character")
+    model = Transformer(config)
+    model.load_state_dict(weights)
+    tokens = generate(
+        model,
+        prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        stop_token=end_of_text_id(tokenizer, tokenizer_file),
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    print(options.prompt + tokenizer.decode(tokens))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ava_fast.model.huggingface import export
+
+    weights, config, tokenizer_file = _load(Path(options.source))
+    architecture = export(
+        weights, config, Path(options.output), architecture=options.architecture, tokenizer=tokenizer_file
+    )
+    print(f"{options.output}: {architecture}, {sum(w.numel() for w in weights.values()):,} weights")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ava_fast.model.huggingface import import_folder, write_model
+
+    source = Path(options.source)
+    weights, sections = import_folder(source)
+    tokenizer = source / "tokenizer.json"
+    write_model(weights, sections, Path(options.output), tokenizer if tokenizer.is_file() else None)
+    print(f"{options.output}: {sum(w.numel() for w in weights.values()):,} weights; start from them with")
+    print(f"  --override training.init_from={options.output}   and the settings in {options.output}/config.yaml")
+    return 0
+
+
+def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
+    """Weights, settings and tokenizer of a run, a checkpoint or an imported folder."""
+    from ava_fast.engine import read_weights
+    from ava_fast.model.huggingface import read_model
+
+    if (source / "model.safetensors").is_file():
+        weights, _ = read_model(source)
+        tokenizer = source / "tokenizer.json"
+        return weights, load_config(source / "config.yaml"), tokenizer if tokenizer.is_file() else None
+    checkpoint = store.find_checkpoint(source)
+    manifest = store.read_manifest(checkpoint)
+    config = Config.model_validate(manifest["config"])
+    return read_weights(checkpoint / "engine"), config, checkpoint / "tokenizer.json"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ava-fast", description="Everything around a training run.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("preflight", help="check what a run needs, without starting it")
+    command.add_argument("--config", required=True)
+    command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    command.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks")
+    command.set_defaults(command=_preflight)
+
+    command = commands.add_parser("prepare", help="turn a folder of text into token shards")
+    command.add_argument("--data-dir", help="the folder; the Python standard library's source if left out")
+    command.add_argument("--output", required=True, help="the shards go to a folder in here, named by their content")
+    command.add_argument("--vocab-size", type=int, default=32000)
+    command.add_argument("--tokenizer", help="a tokenizer.json, or a folder with one; trained if left out")
+    command.add_argument("--validation-fraction", type=float, default=0.05)
+    command.set_defaults(command=_prepare)
+
+    command = commands.add_parser("generate", help="continue a text")
+    command.add_argument("source", help="a run, a checkpoint or an imported folder")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(command=_generate)
+
+    command = commands.add_parser("export", help="write weights as a Hugging Face folder")
+    command.add_argument("source", help="a run, a checkpoint or an imported folder")
+    command.add_argument("--output", required=True)
+    command.add_argument("--architecture", choices=["mixtral", "qwen3_moe", "qwen2_moe"], help="the one that fits")
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("import", help="read a Hugging Face folder")
+    command.add_argument("source")
+    command.add_argument("--output", required=True)
+    command.set_defaults(command=_import)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Loss on the held-out sequences, shared out over the ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from ava_fast.engine import Engine
+
+
+@torch.no_grad()
+def heldout_loss(engine: Engine, sequences_NS1: npt.NDArray[np.int64], batch_size: int) -> float:
+    """Mean cross-entropy, nats per predicted token, of N sequences of S+1 tokens, given whole to every rank.
+
+    Collective. Each pass takes `batch_size` sequences over all ranks. Every rank makes the same number of passes, as
+    ZeRO-3 gathers parameters in each; rows past the end are scored by nobody. The result does not depend on the
+    number of ranks beyond rounding.
+    """
+    model, rows = engine.model, batch_size // engine.world_size
+    total_2 = torch.zeros(2, dtype=torch.float64, device=engine.device)  # summed loss, scored tokens
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(sequences_NS1), batch_size):
+        first = start + engine.rank * rows
+        mine = torch.from_numpy(sequences_NS1[first : first + rows]).to(engine.device)
+        scored = mine[:, 1:].numel()
+        if scored == 0:
+            mine = torch.from_numpy(sequences_NS1[:1]).to(engine.device)
+        loss = model(mine[:, :-1], mine[:, 1:]).loss
+        if scored:
+            total_2 += torch.stack((loss.double() * scored, loss.new_tensor(scored, dtype=torch.float64)))
+    model.train(was_training)
+    dist.all_reduce(total_2)
+    return float(total_2[0] / total_2[1])

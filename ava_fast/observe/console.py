@@ -1,0 +1,66 @@
+"""What a person watching the run sees: a line every few steps, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03`; `?` where it is not known yet."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def step_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
+    """`step 120/1000 | loss 3.2101 | lr 4.00e-03 | norm 0.41 | 11,800 tok/s | MFU 41.2 % | ETA 1:15`."""
+    parts = [
+        f"step {record['step']}/{max_steps}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"norm {record['grad_norm']:.2f}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+    ]
+    if record["mfu"] is not None:
+        parts.append(f"MFU {100 * record['mfu']:.1f} %")
+    parts.append(f"ETA {duration(eta)}")
+    return " | ".join(parts)
+
+
+class StepBar:
+    """A bar over the run's steps; nothing where `enabled` is false or stderr is no terminal."""
+
+    def __init__(self, first: int, total: int, enabled: bool):
+        shown = enabled and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=first,
+            disable=not shown,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+        )
+
+    def advance(self, loss: float) -> None:
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class BarSafeHandler(logging.StreamHandler[Any]):
+    """Writes log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()

@@ -1,0 +1,118 @@
+"""report.md and loss.png: what a run did, for someone who was not watching."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ava_fast.config import Config
+from ava_fast.observe.console import duration
+from ava_fast.observe.run import read_metrics
+
+
+def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
+    """Writes `report.md` and `loss.png` into the run's folder from its metrics.jsonl; returns the report's path."""
+    records = read_metrics(folder / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if steps:
+        _plot(folder / "loss.png", steps, evaluations, summary)
+    report = folder / "report.md"
+    report.write_text(_markdown(folder, config, steps, evaluations, summary), encoding="utf-8")
+    return report
+
+
+def _markdown(
+    folder: Path,
+    config: Config,
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> str:
+    lines = [f"# {folder.name}", ""]
+    if steps:
+        lines += ["![Loss, learning rate and gradient norm by step](loss.png)", ""]
+    lines += ["| | |", "|---|---|"]
+    for name, value in _rows(steps, evaluations, summary):
+        lines.append(f"| {name} | {value} |")
+    if evaluations:
+        lines += ["", "## Held-out loss", "", "| step | nats per token | perplexity |", "|---|---|---|"]
+        lines += [f"| {e['step']} | {e['loss']:.4f} | {_perplexity(e['loss'])} |" for e in evaluations]
+    if summary.get("continuation") is not None:
+        fence = "````"
+        text = f"{config.evaluation.prompt}{summary['continuation']}"
+        lines += ["", "## A continuation", "", fence, text, fence]
+    lines += ["", "The settings are in [config.yaml](config.yaml), every step in [metrics.jsonl](metrics.jsonl)."]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any]
+) -> list[tuple[str, str]]:
+    rows = [("status", str(summary["status"])), ("parameters", f"{summary['parameters']:,}")]
+    if steps:
+        # The first steps warm caches up; the median is what the run settles at.
+        seconds = sorted(step["seconds"] for step in steps)
+        tokens = steps[-1]["tokens"] / steps[-1]["step"]
+        rows += [
+            ("steps", f"{steps[-1]['step']:,}"),
+            ("tokens", f"{steps[-1]['tokens']:,}"),
+            ("training loss, last step", f"{steps[-1]['loss']:.4f} nats per token"),
+            ("median step", f"{1000 * seconds[len(seconds) // 2]:.0f} ms"),
+            ("tokens per second, median step", f"{tokens / seconds[len(seconds) // 2]:,.0f}"),
+            ("time in steps", duration(sum(seconds))),
+        ]
+    if evaluations:
+        rows.append(("held-out loss", f"{evaluations[-1]['loss']:.4f} nats per token"))
+    for name in ("unigram", "bigram"):
+        if name in summary:
+            rows.append((f"{name} baseline", f"{summary[name]:.4f} nats per token on the same tokens"))
+    return rows
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.2f}" if loss < 50 else "over e⁵⁰"
+
+
+def _plot(
+    path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    import matplotlib  # takes a second to import: not before the first step
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (loss, rate, norm) = pyplot.subplots(
+        3, 1, figsize=(9, 8), sharex=True, height_ratios=[3, 1, 1], layout="constrained"
+    )
+    x = [step["step"] for step in steps]
+    losses = [step["loss"] for step in steps]
+    loss.plot(x, losses, color="#9ec5e8", linewidth=0.8, label="training, each step")
+    loss.plot(x, _smooth(losses), color="#1f5f99", linewidth=1.6, label="training, smoothed")
+    if evaluations:
+        loss.plot([e["step"] for e in evaluations], [e["loss"] for e in evaluations], "o-", color="#c8553d", label="held out")
+    for name, style in (("unigram", ":"), ("bigram", "--")):
+        if name in summary:
+            loss.axhline(summary[name], color="#666666", linestyle=style, linewidth=1.0, label=f"{name} baseline")
+    loss.set_ylabel("loss (nats per token)")
+    loss.legend()
+    rate.plot(x, [step["learning_rate"] for step in steps], color="#1f5f99")
+    rate.set_ylabel("learning rate")
+    norm.plot(x, [step["grad_norm"] for step in steps], color="#1f5f99", linewidth=0.8)
+    norm.set_ylabel("gradient norm")
+    norm.set_yscale("log")
+    norm.set_xlabel("step")
+    for axis in (loss, rate, norm):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential average, corrected for its empty start."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed

@@ -1,0 +1,129 @@
+"""A run's folder: where it is, its logs and its metrics.
+
+    outputs/runs/run_20260131_120000_name/
+        config.yaml      the resolved settings
+        metrics.jsonl    one record per step, one per evaluation
+        logs/            training.log, evaluation.log, errors.log, debug.log
+        checkpoints/     step_N/, latest
+        report.md        loss.png
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ava_fast.config import Config
+from ava_fast.errors import UserError
+from ava_fast.observe.console import BarSafeHandler
+
+
+def runs_folder(config: Config) -> Path:
+    return Path(config.logging.output_dir) / "runs"
+
+
+def new_run(config: Config) -> Path:
+    """Makes an empty run folder named after the time and the experiment. Raises UserError if that cannot be done."""
+    while True:
+        name = time.strftime("run_%Y%m%d_%H%M%S")
+        if config.logging.experiment_name:
+            name += f"_{config.logging.experiment_name}"
+        folder = runs_folder(config) / name
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise _unwritable(folder.parent, "a file is in its place") from None
+            time.sleep(1.0)  # another run took this second
+        except OSError as error:
+            raise _unwritable(folder.parent, error.strerror or str(error)) from None
+
+
+def _unwritable(folder: Path, why: str) -> UserError:
+    return UserError(f"{folder}: a run's folder cannot be made there ({why}); set logging.output_dir to a writable folder")
+
+
+def newest_run(config: Config) -> Path | None:
+    """The newest run of this experiment name that has a checkpoint to resume from."""
+    name = config.logging.experiment_name
+    candidates = [
+        path.parent.parent
+        for path in runs_folder(config).glob("run_*/checkpoints/latest")
+        if _experiment_of(path.parent.parent.name) == name
+    ]
+    return max(candidates, key=lambda path: path.name, default=None)
+
+
+def _experiment_of(run_name: str) -> str | None:
+    """`run_20260131_120000_my_name` → `my_name`; None for a run without one."""
+    parts = run_name.split("_", 3)
+    return parts[3] if len(parts) == 4 else None
+
+
+class Metrics:
+    """metrics.jsonl: appended line by line, so that a run that dies leaves all but its last line."""
+
+    def __init__(self, path: Path, keep_steps: int):
+        """Opens for appending; records after step `keep_steps`, of a run that is resumed before them, are dropped."""
+        if path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= keep_steps]
+            replacement = path.with_suffix(".tmp")
+            replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(replacement, path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a last line cut short by a crash is not one."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def start_logging(folder: Path | None) -> None:
+    """Log lines go to the terminal and, on the rank that was given the run's folder, to its logs."""
+    package = logging.getLogger("ava_fast")
+    package.setLevel(logging.DEBUG)
+    package.propagate = False
+    for handler in package.handlers[:]:
+        package.removeHandler(handler)
+        handler.close()
+    if folder is None:
+        package.addHandler(logging.NullHandler())
+        return
+    terminal = BarSafeHandler()
+    terminal.setLevel(logging.INFO)
+    package.addHandler(terminal)
+    (folder / "logs").mkdir(exist_ok=True)
+    files = {"training": logging.INFO, "errors": logging.WARNING, "debug": logging.DEBUG}
+    for name, level in files.items():
+        _log_to(package, folder / "logs" / f"{name}.log", level)
+    _log_to(logging.getLogger("ava_fast.evaluate"), folder / "logs" / "evaluation.log", logging.INFO)
+
+
+def _log_to(logger: logging.Logger, path: Path, level: int) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def say(line: str) -> None:
+    """A line to the terminal before a run has a log."""
+    print(line, file=sys.stdout, flush=True)

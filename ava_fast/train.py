@@ -1,0 +1,200 @@
+"""Trains a model: parse, preflight, prepare the data, run, report.
+
+    torchrun --nproc_per_node=2 -m ava_fast.train --config configs/demo.yaml
+    python -m ava_fast.train --config configs/demo.yaml          # one process
+
+Exit codes of each process (torchrun itself turns every failure into 1): 0 done, 2 refused by configuration or preflight,
+3 stopped, 75 interrupted but resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ava_fast.checkpoint import store
+from ava_fast.compatibility import model_differences, world_size_conflicts
+from ava_fast.config import Config, ConfigError, dump_config, load_config
+from ava_fast.data.prepare import prepare
+from ava_fast.engine import init_distributed
+from ava_fast.errors import Interrupted, TrainingError, UserError
+from ava_fast.model.huggingface import read_model
+from ava_fast.observe.run import new_run, newest_run, say, start_logging
+from ava_fast.preflight import run_checks, table
+from ava_fast.summary import finish, finished_line
+from ava_fast.trainer import Trainer
+
+logger = logging.getLogger("ava_fast.train")  # not __name__, which torchrun makes "__main__"
+Result = TypeVar("Result")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one rank; returns its exit code."""
+    started_at = time.perf_counter()
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, _overrides(options))
+        faults = world_size_conflicts(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if faults:
+            raise ConfigError(options.config, faults)
+        done = _finished(config, options)
+        if done:
+            if _rank() == 0:
+                say(done)
+            return 0
+        init_distributed(config)
+        try:
+            _run(config, options, started_at)
+        finally:
+            dist.destroy_process_group()
+    except (UserError, TrainingError, Interrupted) as error:
+        return _leave(error)
+    return 0
+
+
+def _run(config: Config, options: argparse.Namespace, started_at: float) -> None:
+    _on_rank_0(lambda: _preflight(config))
+    checkpoint = _on_rank_0(lambda: _checkpoint(config, options))
+    run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
+    start_logging(run_folder if _rank() == 0 else None)
+    logger.info(f"run {run_folder}")
+    shards = _on_rank_0(lambda: _prepare(config))
+    weights = _initial_weights(config) if checkpoint is None else None
+    trainer = Trainer(config, run_folder, shards, weights)
+    if checkpoint is not None:
+        trainer.load(checkpoint, optimizer=not options.reset_optimizer)
+        logger.info(f"resuming after step {trainer.step} from {checkpoint}")
+    if _rank() == 0:
+        (run_folder / "config.yaml").write_text(dump_config(config))
+    tokens = trainer.loader.sequences_per_epoch * config.data.max_length
+    logger.info(
+        f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) on "
+        f"{trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
+        f"ready after {time.perf_counter() - started_at:.1f} s"
+    )
+    try:
+        trainer.run()
+    except (TrainingError, Interrupted) as error:
+        finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
+        raise
+    finish(trainer, shards, "finished", started_at)
+
+
+def _on_rank_0(action: Callable[[], Result]) -> Result:
+    """Its result, or its UserError, on every rank."""
+    outcome: list[Result | UserError | None] = [None]
+    if _rank() == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def _preflight(config: Config) -> None:
+    checks = run_checks(config, dist.get_world_size())
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        say(table(checks))
+        raise UserError("preflight refused the run: " + "; ".join(check.detail for check in failed))
+
+
+def _checkpoint(config: Config, options: argparse.Namespace) -> Path | None:
+    if options.resume is None:
+        if options.reset_optimizer:
+            raise UserError("--reset-optimizer: needs --resume; a new run has a fresh optimizer anyway")
+        return None
+    if options.resume != "latest":
+        return store.find_checkpoint(Path(options.resume))
+    run = newest_run(config)
+    if run is None:
+        say(f"--resume latest: no run named {config.logging.experiment_name or '(none)'} to resume; starting a new one")
+        return None
+    return store.find_checkpoint(run)
+
+
+def _finished(config: Config, options: argparse.Namespace) -> str | None:
+    """The closing lines of the run that `--resume` names, if it has no step left to do."""
+    if options.resume is None:
+        return None
+    run = newest_run(config) if options.resume == "latest" else Path(options.resume)
+    return finished_line(run, config) if run else None
+
+
+def _prepare(config: Config) -> Path:
+    data = config.data
+    return prepare(
+        data.data_dir,
+        data.cache_dir,
+        vocab_size=config.model.vocab_size,
+        tokenizer_name=data.tokenizer_name,
+        validation_fraction=data.validation_fraction,
+        progress=config.logging.progress,
+    )
+
+
+def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+    if config.training.init_from is None:
+        return None
+    weights, sections = read_model(Path(config.training.init_from))
+    differences = model_differences(config, sections)
+    if differences:
+        raise UserError(f"training.init_from: {config.training.init_from} does not fit: {'; '.join(differences)}")
+    return weights
+
+
+def _leave(error: UserError | TrainingError | Interrupted) -> int:
+    if _rank() != 0:
+        # torchrun ends the other ranks as soon as one has left: rank 0 speaks first.
+        time.sleep(3)
+        return error.exit_code
+    message = str(error).encode("utf-8", "backslashreplace").decode()
+    if logger.hasHandlers() and logging.getLogger("ava_fast").handlers:
+        logger.error(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    overrides = list(options.override)
+    if options.data_dir is not None:
+        overrides.append(f"data.data_dir={_quoted(options.data_dir)}")
+    if options.experiment_name is not None:
+        overrides.append(f"logging.experiment_name={_quoted(options.experiment_name)}")
+    return overrides
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ava_fast.train", description="Trains a model.")
+    parser.add_argument("--config", required=True, help="YAML file; docs/configuration.md lists every key")
+    parser.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="repeatable")
+    parser.add_argument("--resume", metavar="latest|PATH", help="continue the newest run of this name, or this one")
+    parser.add_argument("--reset-optimizer", action="store_true", help="with --resume: a fresh AdamW state")
+    parser.add_argument("--data-dir", help="same as --override data.data_dir=…")
+    parser.add_argument("--experiment-name", help="same as --override logging.experiment_name=…")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

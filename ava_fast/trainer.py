@@ -1,0 +1,279 @@
+"""The training loop. `Trainer.run` reads like the flowchart of a run, `Trainer._step` like that of a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ava_fast.checkpoint import store
+from ava_fast.compatibility import model_differences
+from ava_fast.config import Config
+from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.engine import Engine
+from ava_fast.errors import Interrupted, TrainingError, UserError
+from ava_fast.evaluate.heldout import heldout_loss
+from ava_fast.model.transformer import Transformer
+from ava_fast.observe.console import StepBar, duration, step_line
+from ava_fast.observe.run import Metrics
+from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.schedule.learning_rate import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run on all ranks: `Trainer(config, …).run()`.
+
+    `run_folder` is the run's place on disk, `shards` the prepared data. All ranks construct it together.
+    """
+
+    def __init__(self, config: Config, run_folder: Path, shards: Path, weights: dict[str, torch.Tensor] | None = None):
+        self.config, self.shards = config, shards
+        self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        training = config.training
+        self.loader = TokenLoader(
+            shards,
+            max_length=config.data.max_length,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.heldout_NS1 = heldout_sequences(
+            shards, max_length=config.data.max_length, limit=config.evaluation.max_sequences
+        )
+        seed_generators(training.seed)  # the same weights on every rank
+        model = Transformer(config)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        if weights is not None:
+            model.load_state_dict(weights)
+        self.engine = Engine(model, config)
+        seed_generators(training.seed + 1 + rank)  # different noise on each
+        self.step = 0
+        self.evaluated_at = -1
+        self.heldout = math.nan
+        self._stop_signal = 0
+        self._flops = flops_per_token(config)
+        self._peak = peak_flops(config, self.engine.device)
+
+    def run(self) -> None:
+        """Trains from the current step to `max_steps`, evaluates and saves at the end.
+
+        Raises Interrupted after SIGTERM or SIGINT, with the finished steps saved, and TrainingError where training
+        cannot go on.
+        """
+        config = self.config
+        metrics = Metrics(self.run_folder / "metrics.jsonl", self.step) if self.engine.rank == 0 else None
+        bar = StepBar(
+            self.step, config.training.max_steps, enabled=config.logging.progress and self.engine.rank == 0
+        )
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        started_at, start_step = time.perf_counter(), self.step
+        saved_at = self.step
+        try:
+            while self.step < config.training.max_steps:
+                record, interrupted = self._step()
+                if metrics:
+                    metrics.write(record)
+                    bar.advance(record["loss"])
+                    if self.step % config.logging.log_steps == 0 or self.step == start_step + 1:
+                        pace = (time.perf_counter() - started_at) / (self.step - start_step)
+                        eta = pace * (config.training.max_steps - self.step)
+                        logger.info(step_line(record, config.training.max_steps, eta))
+                if _due(self.step, config.evaluation.eval_steps):
+                    self._evaluate(metrics)
+                if interrupted or _due(self.step, config.checkpoint.save_steps):
+                    self.save()
+                    saved_at = self.step
+                if interrupted:
+                    raise Interrupted(f"{signal.Signals(interrupted).name}: saved at step {self.step}")
+            if self.evaluated_at != self.step:
+                self._evaluate(metrics)
+            if saved_at != self.step:
+                self.save()
+        finally:
+            bar.close()
+            if metrics:
+                metrics.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _step(self) -> tuple[dict[str, Any], int]:
+        """One optimizer step → its record for metrics.jsonl, and the signal that asks to stop after it (or 0)."""
+        training, engine = self.config.training, self.engine
+        started_at = time.perf_counter()
+        lr = learning_rate(self.step, training)
+        losses_4 = torch.zeros(4, dtype=torch.float64)  # cross-entropy, balance, z, signal
+        engine.model.train()
+        for _ in range(training.gradient_accumulation_steps):
+            tokens_BS, labels_BS = (t.to(engine.device, non_blocking=True) for t in self.loader.next_batch())
+            output = engine(tokens_BS, labels_BS)
+            engine.backward(output.objective / training.gradient_accumulation_steps)
+            losses_4[:3] += torch.stack((output.loss, output.balance_loss, output.z_loss)).double().cpu()
+        losses_4 /= training.gradient_accumulation_steps
+        losses_4[3] = self._stop_signal
+        loss, balance_loss, z_loss, interrupted = self._mean_over_ranks(losses_4)
+        if not math.isfinite(loss):
+            raise self._stopped(f"the loss is {loss}")
+        result = engine.step(lr)
+        if not result.applied:
+            raise self._stopped(f"the gradient norm is {result.grad_norm}")
+        self.step += 1
+        seconds = time.perf_counter() - started_at
+        tokens_per_step = training.batch_size * self.config.data.max_length * training.gradient_accumulation_steps
+        rate = tokens_per_step / seconds
+        return {
+            "kind": "step",
+            "step": self.step,
+            "loss": loss,
+            "balance_loss": balance_loss,
+            "z_loss": z_loss,
+            "learning_rate": lr,
+            "grad_norm": result.grad_norm,
+            "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
+            "seconds": seconds,
+            "tokens": self.step * tokens_per_step,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
+        }, interrupted
+
+    def _evaluate(self, metrics: Metrics | None) -> None:
+        started_at = time.perf_counter()
+        self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size)
+        self.evaluated_at = self.step
+        seconds = time.perf_counter() - started_at
+        if metrics:
+            metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
+        logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
+
+    def save(self) -> None:
+        """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.
+
+        Raises TrainingError if it could not be written; nothing half-written stays.
+        """
+        started_at = time.perf_counter()
+        folder = self.checkpoints / f"step_{self.step}.tmp"
+        error = None
+        if self.engine.rank == 0:
+            error = _attempt(lambda: store.open_folder(self.checkpoints, self.step))
+        if not self._failed_anywhere(error):
+            error = _attempt(lambda: self._write(folder))
+        if not self._failed_anywhere(error) and self.engine.rank == 0:
+            contents = {
+                "step": self.step,
+                "world_size": self.engine.world_size,
+                "config": self.config.model_dump(),
+                "data": self.loader.state_dict(),
+                "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
+                "heldout_step": self.evaluated_at,
+            }
+            error = _attempt(lambda: store.commit(folder, contents, self.config.checkpoint.save_total_limit))
+        failure = self._failed_anywhere(error)
+        if failure:
+            if self.engine.rank == 0:
+                store.discard(folder)
+            raise TrainingError(
+                f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
+            )
+        logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
+
+    def _write(self, folder: Path) -> None:
+        self.engine.save(folder / "engine")
+        if self.engine.rank == 0:
+            shutil.copyfile(self.shards / "tokenizer.json", folder / "tokenizer.json")
+        torch.save(_generator_states(), folder / f"rank_{self.engine.rank}.pt")
+
+    def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
+        """Continues where `checkpoint` stood: weights, optimizer, step, data position, random generators.
+
+        With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
+        data set or world size.
+        """
+        manifest = store.read_manifest(checkpoint)
+        differences = model_differences(self.config, manifest["config"])
+        if differences:
+            raise UserError(f"{checkpoint}: is of another model: {'; '.join(differences)}; resume with its settings")
+        self.loader.load_state_dict(manifest["data"])
+        self.engine.load(checkpoint / "engine", optimizer=optimizer)
+        generators = checkpoint / f"rank_{self.engine.rank}.pt"
+        if generators.is_file():  # a larger world has ranks that were never saved
+            _restore_generators(torch.load(generators, weights_only=False))
+        self.step = manifest["step"]
+        self.evaluated_at = manifest["heldout_step"]
+        if manifest["heldout_loss"] is not None:
+            self.heldout = manifest["heldout_loss"]
+
+    def _mean_over_ranks(self, losses_4: torch.Tensor) -> tuple[float, float, float, int]:
+        signal_number = losses_4[3:].clone()
+        shared = losses_4.to(self.engine.device)
+        dist.all_reduce(shared)
+        loss, balance_loss, z_loss, signals = shared.tolist()
+        # Any rank's signal stops all of them after the same step.
+        interrupted = int(signal_number) or (signal.SIGTERM if signals else 0)
+        world = self.engine.world_size
+        return loss / world, balance_loss / world, z_loss / world, interrupted
+
+    def _failed_anywhere(self, error: str | None) -> str | None:
+        """This rank's error, or another's, on every rank."""
+        errors: list[str | None] = [None] * self.engine.world_size
+        dist.all_gather_object(errors, error)
+        return next((e for e in errors if e), None)
+
+    def _stopped(self, why: str) -> TrainingError:
+        return TrainingError(f"step {self.step + 1} was not taken: {why}; {self._safe()}")
+
+    def _safe(self) -> str:
+        saved = store.list_checkpoints(self.checkpoints)
+        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signal = number
+
+
+def seed_generators(seed: int) -> None:
+    """python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _generator_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _attempt(action: Any) -> str | None:
+    """Runs it; a failure to write comes back as a line, so that the ranks can agree on it."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        return " ".join(str(error).split())
+    return None
