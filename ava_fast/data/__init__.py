@@ -1,0 +1,1 @@
+"""From text to batches: `corpus` → `tokenizer` → `shards` (all three by `prepare`) → `loader`."""

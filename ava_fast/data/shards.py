@@ -1,0 +1,273 @@
+"""Token shards: flat little-endian files of token ids, each document followed by the end-of-text id.
+
+    <folder>/index.json            what is in the folder (`Index`); written last
+    <folder>/tokenizer.json
+    <folder>/train/00000.bin …     uint16 if the vocabulary has at most 65,536 tokens, else uint32
+    <folder>/validation/00000.bin …
+    <folder>/skipped.jsonl         what was not read, one {"path", "reason"} per line
+
+    index = read_index(folder)
+    stream = TokenStream(folder, index, "train")
+    stream.read(0, 1000)
+
+A folder is written under a temporary name beside its own, synced, and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+
+from ava_fast.config import Count, Positive, Section
+from ava_fast.data.corpus import Skipped
+from ava_fast.errors import UserError
+
+FORMAT_VERSION: Final = 1
+SHARD_TOKENS = 64 * 2**20
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Shard(Section):
+    """One token file."""
+
+    file: Annotated[str, Field(pattern=r"^(train|validation)/\d{5,}\.bin$")]
+    tokens: Positive
+    sha256: Sha256
+
+
+class SplitIndex(Section):
+    """One split's files, in the order in which their tokens follow each other."""
+
+    documents: Count
+    bytes: Count
+    """Of the documents' UTF-8: loss per token · tokens / bytes is comparable between tokenizers."""
+    tokens: Count
+    """Counting one end of text per document."""
+    shards: list[Shard]
+
+
+class Index(Section):
+    """`index.json`."""
+
+    format_version: Literal[1]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    eos_id: Count
+    tokenizer_sha256: Sha256
+    source: str
+    """Where the documents came from."""
+    skipped: Count
+    """Files that were not read; `skipped.jsonl` says why."""
+    train: SplitIndex
+    validation: SplitIndex
+
+    def split(self, name: str) -> SplitIndex:
+        """`train` or `validation`."""
+        return {"train": self.train, "validation": self.validation}[name]
+
+    def fingerprint(self, split: str) -> str:
+        """Changes whenever the split's tokens do, and only then; not with where the folder lies."""
+        content = [self.dtype, *(shard.sha256 for shard in self.split(split).shards)]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+
+class Piece(NamedTuple):
+    """Tokens of a document, or of a part of a long one."""
+
+    tokens: Sequence[int]
+    bytes: int
+    ends_document: bool
+
+
+def write_shards(
+    folder: Path,
+    train: Iterable[Piece],
+    validation: Iterable[Piece],
+    *,
+    tokenizer_json: bytes,
+    vocab_size: int,
+    eos_id: int,
+    source: str,
+    skipped: list[Skipped],
+    shard_tokens: int = SHARD_TOKENS,
+) -> None:
+    """Writes `folder` from both splits' pieces, whose token ids are below `vocab_size`.
+
+    If another process finished the same folder first, its result stays. Raises UserError when the disk is full or
+    refuses; what was written by then is removed.
+    """
+    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
+    temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary / "tokenizer.json", tokenizer_json)
+        _write(
+            temporary / "skipped.jsonl",
+            "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped).encode(),
+        )
+        index = Index(
+            format_version=FORMAT_VERSION,
+            dtype=dtype,
+            vocab_size=vocab_size,
+            eos_id=eos_id,
+            tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
+            source=os.fsencode(source).decode(errors="replace"),
+            skipped=len(skipped),
+            train=_write_split(temporary / "train", train, dtype, eos_id, shard_tokens),
+            validation=_write_split(temporary / "validation", validation, dtype, eos_id, shard_tokens),
+        )
+        _write(temporary / "index.json", (index.model_dump_json(indent=1) + "\n").encode())
+        _sync_folder(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "index.json").is_file():
+                raise
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {folder}: {error.strerror}; free some space or set data.cache_dir elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_index(folder: str | Path) -> Index:
+    """The index, once every shard file has been found to be as long as it says.
+
+    Raises UserError naming the file that is missing, malformed, of another format version, or of the wrong size.
+    """
+    file = Path(folder) / "index.json"
+    try:
+        tree: Any = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"data.data_dir: {file} cannot be read: {error.strerror}; prepare the data again") from None
+    except ValueError:
+        raise UserError(f"data.data_dir: {file} is not JSON; delete {folder} and prepare the data again") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"data.data_dir: {file} has format_version {version}, this version reads {FORMAT_VERSION}; "
+            "prepare the data again"
+        )
+    try:
+        index = Index.model_validate(tree)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"data.data_dir: {file} is damaged at {where}; delete {folder} and prepare the data again"
+        ) from None
+    for split in (index.train, index.validation):
+        for shard in split.shards:
+            _check_size(Path(folder) / shard.file, shard.tokens * np.dtype(index.dtype).itemsize)
+    return index
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Whether `write_shards` made this folder, as opposed to a folder of text."""
+    return all((Path(folder) / name).is_file() for name in ("index.json", "tokenizer.json"))
+
+
+def check_vocabulary(vocab_size: int, model_vocab_size: int, key: str = "model.vocab_size") -> None:
+    """Raises UserError when the data's tokenizer (`Index.vocab_size`) has more ids than the model has embeddings."""
+    if vocab_size > model_vocab_size:
+        raise UserError(f"{key}: {model_vocab_size} is too small for the data's tokenizer; give at least {vocab_size}")
+
+
+class TokenStream:
+    """A split's tokens as one long array, memory-mapped. `len(stream)` counts them."""
+
+    def __init__(self, folder: str | Path, index: Index, split: str):
+        shards = index.split(split).shards
+        dtype = np.dtype(index.dtype).newbyteorder("<")
+        self._files = [Path(folder) / shard.file for shard in shards]
+        self._vocab_size = index.vocab_size
+        self.arrays: list[npt.NDArray[Any]] = [np.memmap(file, dtype, mode="r") for file in self._files]
+        """One read-only memory map per shard."""
+        self._ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens [start, stop), across files. Raises UserError naming a file that holds an impossible token id."""
+        tokens = np.empty(stop - start, np.int64)
+        filled = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < len(tokens):
+            array = self.arrays[shard]
+            first = start + filled - (int(self._ends[shard]) - len(array))
+            part = array[first : first + len(tokens) - filled]
+            if (largest := int(part.max())) >= self._vocab_size:
+                raise UserError(
+                    f"data.data_dir: {self._files[shard]} holds token {largest} but the vocabulary has "
+                    f"{self._vocab_size}; the file is damaged: delete its folder and prepare the data again"
+                )
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return tokens
+
+
+def _write_split(folder: Path, pieces: Iterable[Piece], dtype: str, eos_id: int, shard_tokens: int) -> SplitIndex:
+    folder.mkdir()
+    shards: list[Shard] = []
+    buffer = np.empty(shard_tokens, np.dtype(dtype).newbyteorder("<"))
+    filled = documents = size = 0
+
+    def flush() -> None:
+        nonlocal filled
+        name, data = f"{len(shards):05d}.bin", buffer[:filled].tobytes()
+        _write(folder / name, data)
+        shards.append(Shard(file=f"{folder.name}/{name}", tokens=filled, sha256=hashlib.sha256(data).hexdigest()))
+        filled = 0
+
+    for piece in pieces:
+        tokens = np.asarray([*piece.tokens, eos_id] if piece.ends_document else piece.tokens, buffer.dtype)
+        documents, size = documents + piece.ends_document, size + piece.bytes
+        while len(tokens):
+            part, tokens = np.split(tokens, [shard_tokens - filled])
+            buffer[filled : filled + len(part)] = part
+            filled += len(part)
+            if filled == shard_tokens:
+                flush()
+    if filled:
+        flush()
+    _sync_folder(folder)
+    return SplitIndex(documents=documents, bytes=size, tokens=sum(shard.tokens for shard in shards), shards=shards)
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(file: Path, size: int) -> None:
+    actual = file.stat().st_size if file.is_file() else None
+    if actual != size:
+        found = "is missing" if actual is None else f"holds {actual:,} bytes"
+        raise UserError(
+            f"data.data_dir: {file} {found} where the index says {size:,}; delete its folder and prepare the data again"
+        )

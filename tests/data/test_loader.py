@@ -1,0 +1,195 @@
+"""Packing, order, sharding over ranks and resuming, against plain slices of the concatenated tokens."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.data.shards import Piece, write_shards
+from ava_fast.errors import UserError
+
+EOS = 65_535  # the largest uint16: signed arithmetic anywhere would show
+
+
+@contextmanager
+def shards(documents: list[list[int]], shard_tokens: int = 10) -> Iterator[Path]:
+    """Both splits hold `documents`."""
+    with tempfile.TemporaryDirectory() as parent:
+        pieces = [Piece(document, len(document), True) for document in documents]
+        write_shards(
+            Path(parent) / "s",
+            pieces,
+            pieces,
+            tokenizer_json=b"{}",
+            vocab_size=65_536,
+            eos_id=EOS,
+            source="a test",
+            skipped=[],
+            shard_tokens=shard_tokens,
+        )
+        yield Path(parent) / "s"
+
+
+def concatenated(documents: list[list[int]]) -> list[int]:
+    return [token for document in documents for token in [*document, EOS]]
+
+
+def global_batches(folder: Path, world_size: int, count: int, start: int = 0, **settings: int) -> list[list[list[int]]]:
+    """Batches of all ranks, put together: per batch, its rows of S + 1 tokens."""
+    loaders = [TokenLoader(folder, **settings, rank=rank, world_size=world_size) for rank in range(world_size)]  # type: ignore[arg-type]
+    batches = []
+    for _ in range(start):
+        for loader in loaders:
+            loader.next_batch()
+    for _ in range(count):
+        rows = []
+        for loader in loaders:
+            tokens_BS, labels_BS = loader.next_batch()
+            assert tokens_BS.dtype == labels_BS.dtype == torch.int64
+            assert tokens_BS.shape == labels_BS.shape == (settings["batch_size"] // world_size, settings["max_length"])
+            assert torch.equal(tokens_BS[:, 1:], labels_BS[:, :-1])
+            rows += torch.cat([tokens_BS, labels_BS[:, -1:]], 1).tolist()
+        batches.append(rows)
+    return batches
+
+
+documents = st.lists(st.integers(0, 20), min_size=1, max_size=5).map(
+    # Every token is unique, so that a row says which sequence it is.
+    lambda lengths: [list(range(100 * number, 100 * number + length)) for number, length in enumerate(lengths)]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents, st.integers(1, 12), st.integers(5, 30), st.sampled_from([1, 2, 4]), st.integers(1, 2), st.integers(0, 9)
+)
+def test_every_token_of_an_epoch_exactly_once(
+    texts: list[list[int]], max_length: int, shard_tokens: int, world_size: int, rows: int, seed: int
+) -> None:
+    stream = concatenated(texts)
+    sequences = [stream[i : i + max_length + 1] for i in range(0, len(stream) - max_length, max_length)]
+    if not sequences:
+        return
+    with shards(texts, shard_tokens) as folder:
+        batch_size = rows * world_size
+        order = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
+        batches = global_batches(folder, world_size, -(-3 * len(sequences) // batch_size), **order)
+        seen = [row for batch in batches for row in batch]
+        for epoch in range(3):
+            visited = seen[epoch * len(sequences) : (epoch + 1) * len(sequences)]
+            assert sorted(visited) == sorted(sequences)
+            expected = np.random.default_rng((seed, epoch)).permutation(len(sequences))
+            assert visited == [sequences[index] for index in expected]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(20, 60), st.integers(1, 9), st.integers(0, 5), st.integers(0, 30))
+def test_global_batches_do_not_depend_on_the_world_size_and_resume_exactly(
+    length: int, max_length: int, seed: int, batches_before: int
+) -> None:
+    with shards([list(range(length))]) as folder:
+        order = {"max_length": max_length, "batch_size": 4, "seed": seed}
+        reference = global_batches(folder, 1, batches_before + 5, **order)
+        for world_size in (2, 4):
+            assert global_batches(folder, world_size, batches_before + 5, **order) == reference
+        loader = TokenLoader(folder, **order)  # type: ignore[arg-type]
+        for _ in range(batches_before):
+            loader.next_batch()
+        state = loader.state_dict()
+        for world_size in (1, 2):
+            rows = []
+            for rank in range(world_size):
+                resumed = TokenLoader(folder, **order, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+                resumed.load_state_dict(state)
+                assert resumed.position == 4 * batches_before
+                tokens_BS, labels_BS = resumed.next_batch()
+                rows += torch.cat([tokens_BS, labels_BS[:, -1:]], 1).tolist()
+            assert rows == reference[batches_before]
+        loader.load_state_dict({**state, "position": 0})  # back again: no state but the position
+        tokens_BS, _ = loader.next_batch()
+        assert tokens_BS.tolist() == [row[:-1] for row in reference[0]]
+
+
+def test_a_resumed_run_may_have_another_batch_size() -> None:
+    with shards([list(range(60))]) as folder:
+        small = TokenLoader(folder, max_length=4, batch_size=2, seed=3)
+        large = TokenLoader(folder, max_length=4, batch_size=4, seed=3)
+        large.next_batch()
+        small.load_state_dict(large.state_dict())
+        expected, _ = large.next_batch()
+        assert torch.equal(torch.cat([small.next_batch()[0], small.next_batch()[0]]), expected)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    with shards([list(range(200))]) as folder:
+        first, second = global_batches(folder, 1, 2, max_length=2, batch_size=100, seed=0)
+        (other,) = global_batches(folder, 1, 1, max_length=2, batch_size=100, seed=1)
+        assert sorted(first) == sorted(second) == sorted(other)
+        assert first != second
+        assert first != other
+        loader = TokenLoader(folder, max_length=2, batch_size=50, seed=0)
+        loader.next_batch()
+        assert (loader.sequences_per_epoch, loader.position, loader.epoch) == (100, 50, 0.5)
+
+
+def test_a_position_in_other_data_is_refused() -> None:
+    with shards([list(range(60))]) as folder, shards([list(range(1, 61))]) as other:
+        state = TokenLoader(folder, max_length=4, batch_size=2, seed=3).state_dict()
+        changed = TokenLoader(other, max_length=5, batch_size=2, seed=4)
+        with pytest.raises(
+            UserError,
+            match=r"training\.seed was 3, is 4; data\.max_length was 4, is 5; the tokens in .* \(data\.data_dir\) are",
+        ):
+            changed.load_state_dict(state)
+        assert changed.position == 0
+        moved = TokenLoader(folder, max_length=4, batch_size=2, seed=4)
+        with pytest.raises(UserError, match=r"place in the data: training\.seed was 3, is 4; set it back"):
+            moved.load_state_dict(state)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    with (
+        shards([list(range(60))]) as folder,
+        pytest.raises(UserError, match=r"training\.batch_size: 3 cannot be shared out over 2 ranks; give a multiple"),
+    ):
+        TokenLoader(folder, max_length=4, batch_size=3, seed=3, world_size=2)
+
+
+def test_a_sequence_longer_than_the_split_is_refused() -> None:
+    with shards([list(range(9))]) as folder:
+        assert len(heldout_sequences(folder, max_length=9)) == 1
+        with pytest.raises(
+            UserError, match=r"^data\.max_length: 10 needs 11 tokens, but the train split in .* has 10; give a smaller"
+        ):
+            TokenLoader(folder, max_length=10, batch_size=1, seed=0)
+        with pytest.raises(UserError, match=r"the validation split in .* has 10"):
+            heldout_sequences(folder, max_length=10)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("limit", "chosen"), [(None, range(6)), (6, range(6)), (99, range(6)), (3, [0, 2, 4]), (1, [0])]
+)
+def test_heldout_sequences_are_fixed_spread_and_shared_out(
+    limit: int | None, chosen: list[int], world_size: int
+) -> None:
+    text = list(range(24))
+    with shards([text]) as folder:
+        shares = [
+            heldout_sequences(folder, max_length=4, limit=limit, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+    stream = concatenated([text])
+    assert np.concatenate(shares).tolist() == [stream[4 * i : 4 * i + 5] for i in chosen]
+    assert {share.shape[1] for share in shares} == {5}
+    assert {share.dtype for share in shares} == {np.dtype(np.int64)}
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
