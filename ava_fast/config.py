@@ -101,7 +101,7 @@ class DataConfig(Section):
     """Where text comes from and how it becomes sequences."""
 
     data_dir: str | None = None
-    """A folder of text files, or of shards that `ava-fast prepare` wrote. None: the Python standard library's source."""
+    """A folder of text, or of shards that `ava-fast prepare` wrote. None: the Python standard library's source."""
     cache_dir: str = "outputs/data"
     """Where tokenizers and shards made from a text folder are kept; made once per distinct input."""
     tokenizer_name: str | None = None
@@ -292,7 +292,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {_show(key)} is not text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {_show(key)} is not text", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {_show(key)} is given twice", key_node.start_mark
@@ -313,7 +315,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -398,9 +400,9 @@ def _lookup(tree: dict[str, Any], key: str) -> Any:
 def _unknown(key: str, value: Any) -> Fault:
     candidates = [*_leaves(), *Config.model_fields]
     close = difflib.get_close_matches(key[:200], candidates, n=1, cutoff=0.0)
-    leaf = key.rpartition(".")[2]
+    leaf = key.rpartition(".")[2]  # a key in the wrong section is closer than one spelt like it
     same_name = [candidate for candidate in _leaves() if candidate.endswith(f".{leaf}")]
-    return Fault(key if len(key) <= 200 else key[:200] + "…", "is not a setting", given=_show(value), closest=(same_name or close)[0])
+    return Fault(_show(key)[1:-1], "is not a setting", given=_show(value), closest=(same_name or close)[0])
 
 
 def _sections() -> str:
@@ -478,9 +480,23 @@ def reference() -> str:
     ]
     for section, body in Config.model_fields.items():
         cls = typing.cast(type[Section], body.annotation)
-        lines += ["", f"## {section}", "", str(cls.__doc__), "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            str(cls.__doc__),
+            "",
+            "| key | default | allowed | meaning |",
+            "|---|---|---|---|",
+        ]
         for leaf, info in cls.model_fields.items():
-            default = "null" if info.default is None else str(info.default).lower() if isinstance(info.default, bool) else info.default
+            default = (
+                "null"
+                if info.default is None
+                else str(info.default).lower()
+                if isinstance(info.default, bool)
+                else info.default
+            )
             cells = (f"`{section}.{leaf}`", f"`{default}`", describe(info), " ".join(str(info.description).split()))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 -m ava_fast.train --config configs/demo.yaml
     python -m ava_fast.train --config configs/demo.yaml          # one process
 
-Exit codes of each process (torchrun itself turns every failure into 1): 0 done, 2 refused by configuration or preflight,
+Exit codes of each process (torchrun turns every failure into 1): 0 done, 2 refused by configuration or preflight,
 3 stopped, 75 interrupted but resumable.
 """
 

@@ -1,11 +1,11 @@
 """Checkpoints on disk: whole or absent, listed with their hashes, verified before they are read.
 
-    checkpoints/step_100.tmp/     while it is written
-    checkpoints/step_100/         afterwards, by one rename
-        manifest.json             format, step, world size, settings, position, every file's size and SHA-256
-        engine/                   weights and optimizer state (Engine.save)
-        rank_0.pt …               each rank's random number generators
-    checkpoints/latest            the name of the newest
+checkpoints/step_100.tmp/     while it is written
+checkpoints/step_100/         afterwards, by one rename
+    manifest.json             format, step, world size, settings, position, every file's size and SHA-256
+    engine/                   weights and optimizer state (Engine.save)
+    rank_0.pt …               each rank's random number generators
+checkpoints/latest            the name of the newest
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
 
-    def forward(self, x_BSM: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None) -> tuple[Tensor, KeyValues]:
+    def forward(
+        self, x_BSM: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None
+    ) -> tuple[Tensor, KeyValues]:
         """cos, sin (S, D/2) of these S positions. `past` holds earlier keys and values (B, S_past, H_kv, D), rotated
         already; the second result is the same with this call's appended."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)

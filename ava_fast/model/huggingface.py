@@ -99,7 +99,9 @@ def import_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     parts = {name: architectures.parts(name, tensor, config, architecture, fused) for name, tensor in shapes.items()}
     expected = {key: shapes[name][index].shape for name, found in parts.items() for key, index in found}
     if config.model.tie_embeddings and not _drop_copy(theirs, "lm_head.weight", "model.embed_tokens.weight"):
-        raise UserError(f"{file}: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false")
+        raise UserError(
+            f"{file}: tie_word_embeddings is true, but lm_head.weight is not the embedding; set it to false"
+        )
     _check(str(folder), theirs, expected)
 
     weights = {}

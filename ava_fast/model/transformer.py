@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         return Output(objective, loss.detach(), balance_loss.detach(), z_loss.detach())
 
     def logits(self, tokens_BS: Tensor, past: list[KeyValues] | None = None) -> tuple[Tensor, list[KeyValues]]:
-        """→ logits (B, S, V) and every block's keys and values so far; give those back as `past` with the next tokens."""
+        """→ logits (B, S, V) and every block's keys and values so far: the next call's `past`, with the next tokens."""
         x_BSM = self.embed(tokens_BS)
         start = past[0][0].shape[1] if past else 0
         cos, sin = self._rope_rows(start, tokens_BS.shape[1], x_BSM.device)
@@ -131,7 +131,9 @@ class Block(nn.Module):
         return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, None, present
 
 
-def _without_cache(block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _without_cache(
+    block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x_BSM, balance_loss, z_loss, _ = block(x_BSM, cos, sin)
     return x_BSM, balance_loss, z_loss
 

@@ -75,9 +75,7 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.2f}" if loss < 50 else "over e⁵⁰"
 
 
-def _plot(
-    path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
+def _plot(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     import matplotlib  # takes a second to import: not before the first step
 
     matplotlib.use("Agg")
@@ -91,7 +89,9 @@ def _plot(
     loss.plot(x, losses, color="#9ec5e8", linewidth=0.8, label="training, each step")
     loss.plot(x, _smooth(losses), color="#1f5f99", linewidth=1.6, label="training, smoothed")
     if evaluations:
-        loss.plot([e["step"] for e in evaluations], [e["loss"] for e in evaluations], "o-", color="#c8553d", label="held out")
+        loss.plot(
+            [e["step"] for e in evaluations], [e["loss"] for e in evaluations], "o-", color="#c8553d", label="held out"
+        )
     for name, style in (("unigram", ":"), ("bigram", "--")):
         if name in summary:
             loss.axhline(summary[name], color="#666666", linestyle=style, linewidth=1.0, label=f"{name} baseline")

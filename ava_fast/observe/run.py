@@ -1,11 +1,11 @@
 """A run's folder: where it is, its logs and its metrics.
 
-    outputs/runs/run_20260131_120000_name/
-        config.yaml      the resolved settings
-        metrics.jsonl    one record per step, one per evaluation
-        logs/            training.log, evaluation.log, errors.log, debug.log
-        checkpoints/     step_N/, latest
-        report.md        loss.png
+outputs/runs/run_20260131_120000_name/
+    config.yaml      the resolved settings
+    metrics.jsonl    one record per step, one per evaluation
+    logs/            training.log, evaluation.log, errors.log, debug.log
+    checkpoints/     step_N/, latest
+    report.md        loss.png
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def new_run(config: Config) -> Path:
 
 
 def _unwritable(folder: Path, why: str) -> UserError:
-    return UserError(f"{folder}: a run's folder cannot be made there ({why}); set logging.output_dir to a writable folder")
+    return UserError(
+        f"{folder}: a run's folder cannot be made there ({why}); set logging.output_dir to a writable folder"
+    )
 
 
 def newest_run(config: Config) -> Path | None:

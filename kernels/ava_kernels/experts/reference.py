@@ -21,11 +21,18 @@ def rows_of_choices(token: Tensor, slot: Tensor, top_k: int) -> Tensor:
     return rows.view(-1, top_k)
 
 
+def _has_aligned_rows(t: Tensor) -> bool:
+    """Whether one of the last two dimensions is contiguous and the other's stride is whole 16 bytes."""
+    (rows, columns), (row_stride, column_stride) = t.shape[-2:], t.stride()[-2:]
+    if row_stride == 1 and column_stride >= max(1, rows):
+        return column_stride * t.element_size() % 16 == 0
+    return column_stride == 1 and row_stride >= max(1, columns) and row_stride * t.element_size() % 16 == 0
+
+
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    """`torch.nn.functional.grouped_mm` for every float dtype and size: torch's own takes neither float64 nor rows that
-    are no multiple of 16 bytes long. That slow path reads `offs` on the host."""
-    aligned = all(stride == 1 or stride * x.element_size() % 16 == 0 for t in (x, w) for stride in t.stride()[-2:])
-    if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    """`torch.nn.functional.grouped_mm` for every float dtype, size and stride: torch's own takes neither float64 nor
+    rows that are no multiple of 16 bytes long. That slow path reads `offs` on the host."""
+    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_aligned_rows(x) and _has_aligned_rows(w):
         return F.grouped_mm(x, w, offs=offs)
     ends = offs.tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
@@ -35,7 +42,13 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 def forward(
-    x_TM: Tensor, gate_up_E2IM: Tensor, down_EMI: Tensor, weight_TK: Tensor, token_N: Tensor, rows_TK: Tensor, ends_E: Tensor
+    x_TM: Tensor,
+    gate_up_E2IM: Tensor,
+    down_EMI: Tensor,
+    weight_TK: Tensor,
+    token_N: Tensor,
+    rows_TK: Tensor,
+    ends_E: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """→ out (T, M) and h (N, 2I), which backward needs."""
     h_N2I = grouped_mm(x_TM[token_N], gate_up_E2IM.mT, ends_E)

@@ -22,9 +22,7 @@ def rope_table(
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(
-    x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, conjugate: bool = False
-) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, conjugate: bool = False) -> Tensor:
     """Turns the first 2·cos.shape[-1] features of every head; the rest pass through.
 
     x (B, S, H, D); cos, sin (S_max ≥ S, rotary_dim / 2), row s for position s. Pairs are (i, i + rotary_dim/2), or

@@ -41,7 +41,7 @@ def route(
     logits (T, E), any float dtype, scored in float32 (float64 for float64 input). Ties go to the lower expert.
     `normalize` makes a token's weights add up to `scale`. Raises ValueError for top_k outside 1 … E.
     """
-    T, E = logits.shape
+    E = logits.shape[1]
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k is {top_k}; it must lie between 1 and the number of experts ({E})")
     logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
