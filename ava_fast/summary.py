@@ -39,7 +39,9 @@ def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> No
         summary["tokens_per_second"] = _tokens_per_second(trainer.run_folder)
         if config.evaluation.ngram_baselines:
             index = read_index(shards)
-            baselines = ngram_baselines(TokenStream(shards, index, "train").arrays, trainer.heldout_NS1, index.vocab_size)
+            baselines = ngram_baselines(
+                TokenStream(shards, index, "train").arrays, trainer.heldout_NS1, index.vocab_size
+            )
             summary.update(unigram=baselines.unigram, bigram=baselines.bigram)
         if weights is not None:
             summary["continuation"] = _continuation(config, weights, shards)

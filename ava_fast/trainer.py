@@ -76,9 +76,7 @@ class Trainer:
         """
         config = self.config
         metrics = Metrics(self.run_folder / "metrics.jsonl", self.step) if self.engine.rank == 0 else None
-        bar = StepBar(
-            self.step, config.training.max_steps, enabled=config.logging.progress and self.engine.rank == 0
-        )
+        bar = StepBar(self.step, config.training.max_steps, enabled=config.logging.progress and self.engine.rank == 0)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         started_at, start_step = time.perf_counter(), self.step
         saved_at = self.step
