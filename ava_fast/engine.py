@@ -1,0 +1,336 @@
+"""Owns DeepSpeed: process group, optimizer, precision, ZeRO stage, gradient norm, checkpoint. No other file knows it.
+
+    init_distributed(config)
+    engine = Engine(model, config)
+    for micro_batch in micro_batches:
+        loss = engine(**micro_batch)
+        engine.backward(loss / len(micro_batches))
+    result = engine.step(lr=3e-4)            # one optimizer step, or none: result.applied
+
+The caller owns the accumulation loop. Gradients are summed over `backward` calls, in fp32 in every stage, and averaged
+over ranks. Every parameter must receive a gradient (zeros count) in every backward pass on every rank: collectives
+pair up by order, so experts that a rank leaves unused must be slices of a fused tensor. With bf16 the fp32 masters
+start from the bf16-rounded weights.
+
+tests/test_deepspeed_conformance.py pins each behaviour of DeepSpeed that this file relies on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ava_fast.config import Config
+from ava_fast.errors import UserError
+
+_TAG = "deepspeed"  # the folder, inside a checkpoint, that DeepSpeed writes to
+_DESCRIPTION = "engine.json"  # what a checkpoint was written by; see Engine.save
+
+
+def init_distributed(config: Config) -> None:
+    """Joins the process group that torchrun's environment describes; without torchrun, makes a world of one.
+
+    nccl where there is CUDA, gloo elsewhere. A collective longer than `distributed.timeout_seconds` fails.
+    """
+    timeout = timedelta(seconds=config.distributed.timeout_seconds)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's stubs do not re-export it
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global L2 norm of the averaged, accumulated gradient before clipping; inf or nan where it was not finite."""
+    applied: bool
+    """False: the gradient was not finite, and weights and moments are as they were."""
+
+
+class Engine:
+    """A model under AdamW and ZeRO. Call the engine itself for a forward pass that `backward` follows."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: nn.Module
+    """The module inside, for everything that has no backward pass: train(), eval(), evaluation, generation."""
+
+    def __init__(self, model: nn.Module, config: Config):
+        """Takes `model` (fp32, the same on every rank) over: moves it to this rank's device, casts and shards it.
+
+        Needs `init_distributed`. Modules whose class has `z3_leaf = True` are fetched whole under ZeRO-3; the
+        input of such a module must require a gradient.
+        """
+        deepspeed = _import_deepspeed()
+        self._config = config
+        self._stage = config.deepspeed.zero_stage
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Matrices first: the order of the optimizer's groups is the order in which `_master` finds the weights.
+        self._groups = [[p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]]
+        self._optimizer = self._adamw()
+        if self._stage == 3:
+            leaves = {type(module) for module in model.modules() if getattr(type(module), "z3_leaf", False)}
+            if leaves:
+                deepspeed.utils.set_z3_leaf_modules(model, list(leaves))
+        elements = sum(parameter.numel() for parameter in trainable)
+        with _silence():
+            self._engine = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=_deepspeed_config(config, elements)
+            )[0]
+        if self._stage == 0:
+            self._own_stage_0(trainable)
+        if self._stage == 1 and config.training.precision == "bf16":
+            # This pair has an optimizer class of its own, which forgets what DeepSpeed's consolidation asks for.
+            state_dict = self._engine.optimizer.state_dict
+            self._engine.optimizer.state_dict = lambda: {**state_dict(), "zero_stage": 1}
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(self._engine.device)
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds one micro-batch's gradient. `loss`: 0-d, already divided by the number of micro-batches."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        """Averages the accumulated gradient over ranks, clips it and takes one AdamW step at `lr`, or skips it."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._norm = math.inf
+        self._engine.step()
+        if self._stage > 0:
+            self._norm = float(self._engine.get_global_grad_norm())
+        return StepResult(self._norm, math.isfinite(self._norm) and self._engine.was_step_applied())
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, fp32 masters and moments under `folder`, every rank its share. Collective."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        order = [names[id(parameter)] for group in self._groups for parameter in group]
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"order": order}, save_latest=False)
+        if self.rank == 0:
+            (folder / _DESCRIPTION).write_text(json.dumps(self._description()))
+        dist.barrier()
+
+    def load(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Restores what `save` wrote. Collective.
+
+        With `optimizer=False` only the fp32 weights, whatever stage, precision and world size they were saved with;
+        AdamW starts anew. Raises UserError if `folder` holds no checkpoint, one of another model, or one of another
+        stage, precision or world size whose optimizer state cannot be used.
+        """
+        saved, own = _describe(folder), self._description()
+        if not optimizer:
+            weights = read_weights(folder)
+            if different := weights.keys() ^ self.model.state_dict().keys():
+                raise UserError(f"{folder}: holds another model's weights, only one of the two has {min(different)}")
+            self._set_weights(weights)
+            self._optimizer.state.clear()
+            return
+        for key in own:
+            if saved[key] != own[key]:
+                raise UserError(
+                    f"{folder}: saved with {key} {saved[key]}, this run has {own[key]}; "
+                    "use the same, or load the weights without the optimizer's state"
+                )
+        # The checkpoint holds the hyperparameters of its own run too; this run's configuration decides.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        with _silence():
+            self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        for group, setting in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+
+    def gather_weights(self) -> dict[str, Tensor] | None:
+        """On rank 0 the whole state dict, fp32 (the masters, with bf16) on the CPU; elsewhere None. Collective.
+
+        Names are the module's own; tied parameters appear under each name and share memory.
+        """
+        weights: dict[str, Tensor] = {}
+        first_name: dict[int, str] = {}  # of each tensor, by id
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) in first_name:
+                weights[name] = weights[first_name[id(tensor)]]
+                continue
+            first_name[id(tensor)] = name
+            full = self._master(tensor) if isinstance(tensor, nn.Parameter) else tensor
+            weights[name] = _fp32_on_cpu(full) if self.rank == 0 else torch.empty(0)
+        return weights if self.rank == 0 else None
+
+    def close(self) -> None:
+        """Ends DeepSpeed's hooks and the process group. The engine is of no use afterwards."""
+        self._engine.destroy()
+        _import_deepspeed().comm.destroy_process_group()
+
+    def _adamw(self) -> torch.optim.AdamW:
+        # fused: equal to foreach up to fp32 rounding, and faster on the CPU too: 6.8 against 17.7 ms for 4 M elements
+        # on one thread. The rate is 0 until the first step, because DeepSpeed may step while it sets itself up.
+        training = self._config.training
+        return torch.optim.AdamW(
+            [
+                {"params": group, "weight_decay": weight_decay}
+                for group, weight_decay in zip(self._groups, (training.weight_decay, 0.0), strict=True)
+            ],
+            lr=0.0,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_eps,
+            fused=True,
+        )
+
+    def _own_stage_0(self, trainable: list[nn.Parameter]) -> None:
+        """Mends what DeepSpeed gets wrong without ZeRO.
+
+        fp32: a NaN reaches the weights and no norm is reported. bf16: gradients accumulate in bf16 and Adam's step
+        count starts at 1, one bias correction late. So gradients get fp32 buffers, Adam's state starts empty, and
+        `_clip_or_skip` sees the averaged fp32 gradient of either precision just before AdamW does.
+        """
+        self._optimizer.state.clear()
+        for parameter in trainable:
+            parameter.grad_dtype = torch.float32
+        self._optimizer.register_step_pre_hook(self._clip_or_skip)
+
+    def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norm = norm.item()
+        if not math.isfinite(self._norm):
+            for parameter in parameters:
+                parameter.grad = None  # AdamW passes over a parameter without a gradient, moments and step count too
+        elif self._config.training.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._config.training.max_grad_norm, norm)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """The whole fp32 value that AdamW updates. Collective, unless in stage 0."""
+        if self._stage > 0:
+            return _import_deepspeed().utils.safe_get_full_fp32_param(parameter)
+        own = [p for group in self._groups for p in group]
+        masters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return next(master for p, master in zip(own, masters, strict=True) if p is parameter)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: dict[str, Tensor]) -> None:
+        deepspeed = _import_deepspeed()
+        for name, parameter in self.model.named_parameters():
+            value = weights[name].to(self.device)
+            if self._stage > 0:
+                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                self._master(parameter).copy_(value)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        for name, buffer in self.model.named_buffers():
+            if name in weights:  # only persistent buffers are saved
+                buffer.copy_(weights[name])
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "zero_stage": self._stage,
+            "precision": self._config.training.precision,
+            "shards": self.world_size if self._stage > 0 else 1,
+        }
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole fp32 state dict, on the CPU, of what `Engine.save` wrote under `folder`; needs no process group.
+
+    Raises UserError if there is no checkpoint.
+    """
+    if _describe(folder)["zero_stage"] > 0:
+        _import_deepspeed()
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with _silence():
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+    path = folder / _TAG / "mp_rank_00_model_states.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    module: dict[str, Tensor] = saved["module"]
+    if "fp32_groups" not in saved["optimizer"]:
+        return dict(module)
+    masters = (master for group in saved["optimizer"]["fp32_groups"] for master in group)
+    # Tied parameters are one tensor under two names, before and after torch.save; masters have one name each.
+    fp32 = {module[name].data_ptr(): master.detach() for name, master in zip(saved["order"], masters, strict=True)}
+    return {name: fp32.get(tensor.data_ptr(), tensor) for name, tensor in module.items()}
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _DESCRIPTION).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no weights ({_DESCRIPTION} is missing); name a checkpoint's folder") from None
+
+
+def _fp32_on_cpu(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().to("cpu", copy=True)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
+    """DeepSpeed's own settings. `elements`: of the model, above which a bucket would only waste memory."""
+    stage, bf16 = config.deepspeed.zero_stage, config.training.precision == "bf16"
+    bucket = min(config.deepspeed.bucket_elements, elements)
+    bucket += bucket % 2  # DeepSpeed wants it even
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only scales its sample counter
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # the reduction and the step happen in step(), however many backwards
+        "gradient_clipping": config.training.max_grad_norm if stage > 0 else 0.0,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # else it synchronises the device in every forward and step
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+        },
+    }
+    if stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints memory tables and progress from every rank, past any logger."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _import_deepspeed() -> ModuleType:
+    """DeepSpeed, imported only when needed: it takes a second, and decides on its device then."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its calls, not ours
+    # Asked for the first time, this table probes compilers, and then a shared-memory collective is built with one.
+    # None of its operators is used here.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed

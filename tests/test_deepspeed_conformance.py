@@ -1,0 +1,237 @@
+"""Each behaviour of DeepSpeed that engine.py builds on, so that a new version is judged by name before any run.
+
+Every assertion's message says what ava-fast would get wrong if DeepSpeed differed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_on_ranks
+from torch import Tensor, nn
+
+from ava_fast.config import Config
+from ava_fast.engine import Engine, init_distributed, read_weights
+
+CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+WORLD_SIZE = 2
+
+
+class Block(nn.Module):
+    """A leaf module with a matrix of which a rank uses only one row."""
+
+    z3_leaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.linspace(0.1, 1.1, 12).view(2, 6))
+
+    def forward(self, x_M: Tensor, expert: int) -> Tensor:
+        return x_M * self.experts[expert]
+
+
+class Probe(nn.Module):
+    """Linear in its weights: the gradient is known, and does not depend on them."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.gain = nn.Parameter(torch.full((6,), 1 / 3))
+        self.register_buffer("table", torch.full((3,), 1 / 3))
+
+    def forward(self, x_M: Tensor, expert: int) -> Tensor:
+        input_M = x_M + 0 * self.gain  # a leaf module's gradients are reduced by a hook that waits for its input's
+        return (self.block(input_M, expert) + x_M * self.gain).sum()
+
+
+def make_config(stage: int, precision: str, max_grad_norm: float = 0.0) -> Config:
+    training = {"precision": precision, "max_grad_norm": max_grad_norm}
+    return Config.model_validate({"training": training, "deepspeed": {"zero_stage": stage}})
+
+
+def micro_step(engine: Engine, factor: float = 1.0) -> None:
+    """One backward pass: rank r multiplies by r + 1 and uses expert r only."""
+    x_M = torch.full((6,), engine.rank + 1.0, dtype=engine.model.gain.dtype)
+    engine.backward(engine(x_M, engine.rank) * factor)
+
+
+# With one backward, rank 0's gradient is 1 for expert 0 and the gain, rank 1's is 2 for expert 1 and the gain; the
+# average over ranks is ½, 1 and 1½, each six times.
+UNIT_NORM = math.sqrt(6 * (0.5**2 + 1.0**2 + 1.5**2))
+
+
+def observe(root: Path) -> dict[Any, dict[str, Any]]:
+    """Runs on every rank."""
+    init_distributed(make_config(0, "fp32"))
+    import deepspeed
+
+    seen: dict[Any, dict[str, Any]] = {"comm": {"shm_comm_op": deepspeed.comm.comm.cdb.shm_comm_op}}
+    for stage, precision in CASES:
+        config = make_config(stage, precision)
+        engine = Engine(Probe(), config)
+        inner, adamw = engine._engine, engine._optimizer
+        case: dict[str, Any] = {
+            "parameter_dtype": engine.model.gain.dtype,
+            "buffer_dtype": engine.model.table.dtype,
+            "first_masters": engine.gather_weights(),
+            "same_groups": inner.optimizer.param_groups is adamw.param_groups,
+            "states_at_start": len(adamw.state),
+            "leaf": deepspeed.utils.z3_leaf_module(engine.model.block),
+        }
+        micro_step(engine)
+        case["boundary_after_backward"] = inner.is_gradient_accumulation_boundary()
+        case["norm_of_1"] = engine.step(0.0).grad_norm
+        case["states_after_step"] = sorted({int(state["step"]) for state in adamw.state.values()})
+        case["masters_after_rate_0"] = engine.gather_weights()
+        for _ in range(3):
+            micro_step(engine)
+        case["norm_of_3"] = engine.step(0.25).grad_norm
+        case["masters_after_rate_025"] = engine.gather_weights()
+        micro_step(engine, math.nan if engine.rank == 1 else 1.0)
+        case["nan"], case["reported"] = engine.step(0.25), inner.get_global_grad_norm()
+        case["states_after_nan"] = sorted({int(state["step"]) for state in adamw.state.values()})
+        case["masters_after_nan"] = engine.gather_weights()
+        micro_step(engine)
+        case["norm_after_nan"] = engine.step(0.0).grad_norm
+        micro_step(engine)
+        micro_step(engine, 2**-9)  # 1 + 2^-9 needs more digits than bf16 has
+        case["norm_of_fine_sum"] = engine.step(0.0).grad_norm
+
+        clipped = Engine(Probe(), make_config(stage, precision, max_grad_norm=0.01))
+        micro_step(clipped)
+        case["norm_before_clipping"] = clipped.step(0.0).grad_norm
+        moments = [state["exp_avg"].float().square().sum() for state in clipped._optimizer.state.values()]
+        squares = torch.stack(moments).sum()
+        if stage > 0:  # every rank holds its share of Adam's state
+            dist.all_reduce(squares)
+        case["norm_in_adam"] = squares.sqrt().item() / (1 - config.training.adam_beta1)
+
+        folder = root / f"{stage}{precision}"
+        clipped.save(folder)
+        case["files"] = sorted(path.name for path in (folder / "deepspeed").iterdir())
+        case["latest"] = (folder / "latest").exists()
+        seen[stage, precision] = case
+    # What stage 0 does without the engine's hook.
+    raw = Engine(Probe(), make_config(0, "fp32"))
+    raw._optimizer._optimizer_step_pre_hooks.clear()
+    micro_step(raw, math.nan)
+    seen["raw"] = {
+        "step": raw.step(0.1).applied,
+        "gain": raw.model.gain.detach(),
+        "norm": raw._engine.get_global_grad_norm(),
+    }
+    engine.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("conformance")
+
+
+@pytest.fixture(scope="module")
+def ranks(root: Path) -> list[dict[Any, dict[str, Any]]]:
+    return run_on_ranks(observe, WORLD_SIZE, root)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"zero{case[0]}-{case[1]}")
+def case(request: pytest.FixtureRequest, ranks: list[dict[Any, dict[str, Any]]]) -> tuple[int, str, dict[str, Any]]:
+    return *request.param, ranks[0][request.param]
+
+
+def test_accumulation(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, _, seen = case
+    assert not seen["boundary_after_backward"], "backward() took itself for the last one: it would reduce or step early"
+    assert seen["norm_of_1"] == pytest.approx(UNIT_NORM, rel=1e-6), (
+        "the gradient is no longer the mean over ranks, or an expert that only one rank used was lost"
+    )
+    assert seen["norm_of_3"] == pytest.approx(3 * UNIT_NORM, rel=1e-6), (
+        "backward() no longer sums: the accumulated gradient would be scaled or overwritten"
+    )
+    assert seen["norm_of_fine_sum"] == pytest.approx((1 + 2**-9) * UNIT_NORM, rel=1e-6), (
+        "gradients accumulate in bf16: small micro-batch gradients would vanish"
+    )
+
+
+def test_learning_rate(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, _, seen = case
+    assert seen["same_groups"], (
+        "DeepSpeed copies the parameter groups: the learning rate set in step() would be ignored"
+    )
+    for name, first in seen["first_masters"].items():
+        assert torch.equal(first, seen["masters_after_rate_0"][name]), f"a step at rate 0 moved {name}"
+    moved = (seen["masters_after_rate_025"]["gain"] - seen["first_masters"]["gain"]).abs()
+    assert moved.max() > 0.2, "a rate set in step() did not reach AdamW"
+
+
+def test_adam_starts_at_its_first_step(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, _, seen = case
+    assert seen["states_at_start"] == 0, "DeepSpeed stepped AdamW while setting up: bias correction would be off by one"
+    assert seen["states_after_step"] == [1], "one step() is no longer one AdamW step"
+
+
+def test_norm_is_taken_before_clipping(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, _, seen = case
+    assert seen["norm_before_clipping"] == pytest.approx(UNIT_NORM, rel=1e-6), (
+        "the reported norm is the clipped one: an explosion would go unseen"
+    )
+    assert seen["norm_in_adam"] == pytest.approx(0.01, rel=1e-4), "what AdamW got was not clipped to max_grad_norm"
+
+
+def test_a_nan_on_one_rank_skips_the_step(case: tuple[int, str, dict[str, Any]]) -> None:
+    stage, _, seen = case
+    assert not seen["nan"].applied, "a step on a NaN gradient was called applied"
+    assert not math.isfinite(seen["nan"].grad_norm), "a NaN gradient was given a finite norm"
+    assert seen["states_after_nan"] == [2], "AdamW counted the skipped step"
+    for name, before in seen["masters_after_rate_025"].items():
+        assert torch.equal(before, seen["masters_after_nan"][name]), f"a NaN gradient moved {name}"
+    assert seen["norm_after_nan"] == pytest.approx(UNIT_NORM, rel=1e-6), (
+        "the skipped gradient leaked into the next step"
+    )
+    if stage > 0:
+        assert seen["reported"] == math.inf, "get_global_grad_norm() no longer reports a skip as inf"
+
+
+def test_stage_0_still_needs_the_guard(ranks: list[dict[Any, dict[str, Any]]]) -> None:
+    raw = ranks[0]["raw"]
+    assert raw["norm"] is None, "DeepSpeed reports a norm in fp32 stage 0: `_clip_or_skip` may no longer be needed"
+    assert raw["gain"].isnan().all(), "DeepSpeed skips NaN in fp32 stage 0: `_clip_or_skip` may no longer be needed"
+
+
+def test_precision(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, precision, seen = case
+    assert seen["parameter_dtype"] == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert seen["buffer_dtype"] == torch.float32, "buffers are cast to bf16: rotary tables would lose their precision"
+    first = torch.full((6,), 1 / 3).to(seen["parameter_dtype"]).float()
+    assert torch.equal(seen["first_masters"]["gain"], first), "masters no longer start from the cast weights"
+
+
+def test_leaf_modules(case: tuple[int, str, dict[str, Any]]) -> None:
+    stage, _, seen = case
+    assert seen["leaf"] == (stage == 3), "the MoE block is no ZeRO-3 leaf: ranks that use different experts would hang"
+
+
+def test_checkpoint_files(case: tuple[int, str, dict[str, Any]], root: Path) -> None:
+    stage, precision, seen = case
+    prefix = "bf16_" if precision == "bf16" else ""
+    files = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(WORLD_SIZE) if stage > 0]
+    if stage == 3:
+        files += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(WORLD_SIZE)]
+    else:
+        files += ["mp_rank_00_model_states.pt"]
+    assert seen["files"] == sorted(files), "the checkpoint's files changed: read_weights and load would miss some"
+    assert not seen["latest"], "DeepSpeed wrote its own `latest`, which is not ava-fast's"
+    assert read_weights(root / f"{stage}{precision}").keys() == seen["first_masters"].keys(), (
+        "consolidation lost parameters or buffers"
+    )
+
+
+def test_no_operator_is_built(ranks: list[dict[Any, dict[str, Any]]]) -> None:
+    assert ranks[0]["comm"]["shm_comm_op"] is None, "DeepSpeed compiled its shared-memory collective at start-up"
