@@ -32,7 +32,8 @@ def _has_aligned_rows(t: Tensor) -> bool:
 def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     """`torch.nn.functional.grouped_mm` for every float dtype, size and stride: torch's own takes neither float64 nor
     rows that are no multiple of 16 bytes long. That slow path reads `offs` on the host."""
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_aligned_rows(x) and _has_aligned_rows(w):
+    aligned = _has_aligned_rows(x) and _has_aligned_rows(w) and w.shape[-1] * w.element_size() % 16 == 0
+    if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return F.grouped_mm(x, w, offs=offs)
     ends = offs.tolist()
     spans = list(zip([0, *ends[:-1]], ends, strict=True))

@@ -51,7 +51,8 @@ def route(
     expert_TK = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weight_TK = probs_TE.gather(1, expert_TK)
     if normalize:
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        smallest = torch.finfo(weight_TK.dtype).tiny  # sigmoids below exp(-104) are all zero
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(smallest)
     if scale != 1.0:
         weight_TK = weight_TK * scale
 
