@@ -51,7 +51,7 @@ def ngram_baselines(
     last = np.empty(0, np.int64)
     for chunk in _chunks(train):
         unigram_counts += np.bincount(chunk, minlength=vocab_size)
-        chunk = np.concatenate([last, chunk])  # the pair that spans two chunks
+        chunk = np.concatenate([last, chunk])  # with the pair that spans two chunks, and in int64
         context_counts += np.bincount(chunk[:-1], minlength=vocab_size)
         codes = np.sort(_pair_codes(chunk[:-1], chunk[1:], vocab_size))
         pair_counts += np.searchsorted(codes, pairs, side="right") - np.searchsorted(codes, pairs, side="left")
@@ -75,7 +75,7 @@ def _pair_codes(
     return (previous * vocab_size + following).ravel()
 
 
-def _chunks(arrays: Sequence[npt.NDArray[Any]]) -> Iterable[npt.NDArray[np.int64]]:
+def _chunks(arrays: Sequence[npt.NDArray[Any]]) -> Iterable[npt.NDArray[Any]]:
     for array in arrays:
         for start in range(0, len(array), CHUNK_TOKENS):
-            yield array[start : start + CHUNK_TOKENS].astype(np.int64)
+            yield array[start : start + CHUNK_TOKENS]

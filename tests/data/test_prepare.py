@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import ava_fast.data.prepare as prepare_module
+import ava_fast.data.tokenizer as tokenizer_module
 from ava_fast.data.corpus import scan, split
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import TokenStream, read_index
@@ -33,7 +35,13 @@ def make(texts: Path, **changes: object) -> Path:
     return prepare(texts, texts.parent / "cache", **{"vocab_size": 300, "progress": False, **changes})  # type: ignore[arg-type]
 
 
-def test_the_shards_decode_to_the_documents(texts: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("characters", [None, 1000])
+def test_the_shards_decode_to_the_documents(
+    texts: Path, characters: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if characters is not None:  # documents of many pieces, and many batches of pieces
+        monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", characters)
+        monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 3 * characters)
     (texts / "image.png").write_bytes(b"\x89PNG\0")
     with caplog.at_level(logging.WARNING):
         folder = make(texts, validation_fraction=0.2)
