@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ava_fast.checkpoint import store
-from ava_fast.config import Config
+from ava_fast.config import Config, load_config
 from ava_fast.data.shards import TokenStream, read_index
 from ava_fast.data.tokenizer import load_tokenizer
-from ava_fast.errors import UserError
 from ava_fast.evaluate.baselines import ngram_baselines
 from ava_fast.model.generation import generate
 from ava_fast.model.transformer import Transformer
@@ -28,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> None:
-    """Writes the report; after a finished run also scores the baselines and continues the prompt. Collective."""
+    """Writes the report; after a finished run also scores the baselines and continues the prompt. Collective.
+
+    `started_at` is the process's start in Unix seconds."""
     config = trainer.config
     summary: dict[str, Any] = {"status": status, "step": trainer.step, "parameters": trainer.parameters}
     weights = trainer.engine.gather_weights() if status == "finished" and config.evaluation.prompt else None
@@ -45,7 +45,7 @@ def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> No
             summary.update(unigram=baselines.unigram, bigram=baselines.bigram)
         if weights is not None:
             summary["continuation"] = _continuation(config, weights, shards)
-    summary["wall_seconds"] = time.perf_counter() - started_at
+    summary["wall_seconds"] = time.time() - started_at
     write_report(trainer.run_folder, config, summary)
     (trainer.run_folder / "summary.json").write_text(json.dumps(summary, indent=1))
     if status == "finished":
@@ -54,16 +54,14 @@ def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> No
         logger.info(f"report: {trainer.run_folder / 'report.md'}")
 
 
-def finished_line(run: Path, config: Config) -> str | None:
-    """The closing lines of a run that has reached `training.max_steps`; None while there are steps to do."""
+def finished_lines(run: Path, config: Config) -> str | None:
+    """The closing lines of a run that has finished with these very settings; None of any other."""
     try:
-        checkpoint = store.find_checkpoint(run)
-        summary = json.loads((checkpoint.parent.parent / "summary.json").read_text())
-    except (UserError, OSError, ValueError):
+        summary = json.loads((run / "summary.json").read_text())
+        if summary["status"] != "finished" or load_config(run / "config.yaml") != config:
+            return None
+    except (OSError, ValueError):
         return None
-    if summary["status"] != "finished" or summary["step"] < config.training.max_steps:
-        return None
-    run = checkpoint.parent.parent
     return f"{run} has finished; start anew without --resume\n{_closing_lines(run, config, summary)}"
 
 

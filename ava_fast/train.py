@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -25,12 +26,12 @@ from ava_fast.checkpoint import store
 from ava_fast.compatibility import model_differences, world_size_conflicts
 from ava_fast.config import Config, ConfigError, dump_config, load_config
 from ava_fast.data.prepare import prepare
-from ava_fast.engine import init_distributed
+from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Interrupted, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
-from ava_fast.observe.run import new_run, newest_run, say, start_logging
+from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
 from ava_fast.preflight import run_checks, table
-from ava_fast.summary import finish, finished_line
+from ava_fast.summary import finish, finished_lines
 from ava_fast.trainer import Trainer
 
 logger = logging.getLogger("ava_fast.train")  # not __name__, which torchrun makes "__main__"
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; returns its exit code."""
-    started_at = time.perf_counter()
+    started_at = psutil.Process().create_time()
     options = _parse(arguments)
     try:
         config = load_config(options.config, _overrides(options))
@@ -55,9 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _run(config, options, started_at)
         finally:
-            dist.destroy_process_group()
+            close_distributed()
     except (UserError, TrainingError, Interrupted) as error:
         return _leave(error)
+    finally:
+        stop_logging()
     return 0
 
 
@@ -79,7 +82,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     logger.info(
         f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) on "
         f"{trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
-        f"ready after {time.perf_counter() - started_at:.1f} s"
+        f"ready after {time.time() - started_at:.1f} s"
     )
     try:
         trainer.run()
@@ -126,11 +129,11 @@ def _checkpoint(config: Config, options: argparse.Namespace) -> Path | None:
 
 
 def _finished(config: Config, options: argparse.Namespace) -> str | None:
-    """The closing lines of the run that `--resume` names, if it has no step left to do."""
+    """The closing lines of the run that `--resume` names, if it has finished with these very settings."""
     if options.resume is None:
         return None
     run = newest_run(config) if options.resume == "latest" else Path(options.resume)
-    return finished_line(run, config) if run else None
+    return finished_lines(run, config) if run else None
 
 
 def _prepare(config: Config) -> Path:
@@ -161,7 +164,7 @@ def _leave(error: UserError | TrainingError | Interrupted) -> int:
         time.sleep(3)
         return error.exit_code
     message = str(error).encode("utf-8", "backslashreplace").decode()
-    if logger.hasHandlers() and logging.getLogger("ava_fast").handlers:
+    if logging_started():
         logger.error(message)
     else:
         print(message, file=sys.stderr, flush=True)

@@ -25,11 +25,12 @@ from ava_fast.errors import Interrupted, TrainingError, UserError
 from ava_fast.evaluate.heldout import heldout_loss
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
-from ava_fast.observe.run import Metrics
+from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.schedule.learning_rate import learning_rate
 
 logger = logging.getLogger(__name__)
+evaluation_logger = logging.getLogger(EVALUATION_LOG)
 
 
 class Trainer:
@@ -154,7 +155,7 @@ class Trainer:
         seconds = time.perf_counter() - started_at
         if metrics:
             metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
-        logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
+        evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
     def save(self) -> None:
         """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.

@@ -23,6 +23,9 @@ from ava_fast.errors import UserError
 from ava_fast.observe.console import BarSafeHandler
 
 
+EVALUATION_LOG = "ava_fast.evaluate"  # loggers under this name also write evaluation.log
+
+
 def runs_folder(config: Config) -> Path:
     return Path(config.logging.output_dir) / "runs"
 
@@ -98,32 +101,47 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+_handlers: list[tuple[logging.Logger, logging.Handler]] = []  # what start_logging opened
+
+
 def start_logging(folder: Path | None) -> None:
     """Log lines go to the terminal and, on the rank that was given the run's folder, to its logs."""
     package = logging.getLogger("ava_fast")
     package.setLevel(logging.DEBUG)
     package.propagate = False
-    for handler in package.handlers[:]:
-        package.removeHandler(handler)
-        handler.close()
     if folder is None:
-        package.addHandler(logging.NullHandler())
+        _attach(package, logging.NullHandler(), logging.DEBUG)
         return
-    terminal = BarSafeHandler()
-    terminal.setLevel(logging.INFO)
-    package.addHandler(terminal)
-    (folder / "logs").mkdir(exist_ok=True)
-    files = {"training": logging.INFO, "errors": logging.WARNING, "debug": logging.DEBUG}
-    for name, level in files.items():
-        _log_to(package, folder / "logs" / f"{name}.log", level)
-    _log_to(logging.getLogger("ava_fast.evaluate"), folder / "logs" / "evaluation.log", logging.INFO)
+    _attach(package, BarSafeHandler(), logging.INFO)
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    for name, level in (("training", logging.INFO), ("errors", logging.WARNING), ("debug", logging.DEBUG)):
+        _attach(package, _file(logs / f"{name}.log"), level)
+    _attach(logging.getLogger(EVALUATION_LOG), _file(logs / "evaluation.log"), logging.INFO)
 
 
-def _log_to(logger: logging.Logger, path: Path, level: int) -> None:
+def logging_started() -> bool:
+    return bool(_handlers)
+
+
+def stop_logging() -> None:
+    """Closes what `start_logging` opened."""
+    while _handlers:
+        logger, handler = _handlers.pop()
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _file(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def _attach(logger: logging.Logger, handler: logging.Handler, level: int) -> None:
+    handler.setLevel(level)
     logger.addHandler(handler)
+    _handlers.append((logger, handler))
 
 
 def say(line: str) -> None:
