@@ -22,7 +22,6 @@ from ava_fast.config import Config
 from ava_fast.errors import UserError
 from ava_fast.observe.console import BarSafeHandler
 
-
 EVALUATION_LOG = "ava_fast.evaluate"  # loggers under this name also write evaluation.log
 
 

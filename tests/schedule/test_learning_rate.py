@@ -1,5 +1,7 @@
 """Schedules against transformers' own, their end points, and warmup."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -66,7 +68,7 @@ def test_rises_to_the_peak_then_never_again(
     assert all(0.0 <= rate <= peak * (1 + 1e-12) for rate in rates)
     assert rates[:warmup] == sorted(rates[:warmup])
     after = rates[warmup:]
-    assert all(later <= earlier + 1e-12 * peak for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 * peak for earlier, later in itertools.pairwise(after))
     if len(after) > 1:
         assert after[0] == pytest.approx(peak)
         assert after[-1] == pytest.approx(peak if shape == "constant" else end)
