@@ -56,11 +56,19 @@ def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
 
 
 def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:
-    """Settings in which weights with the sections `saved` are another model than `config` describes."""
-    own = config.model_dump()
-    return [
-        f"{section}.{key} is {own[section][key]}, there it is {value}"
-        for section in ("model", "moe")
-        for key, value in saved[section].items()
-        if key not in TUNABLE and own[section].get(key) != value
-    ]
+    """Settings in which weights with the sections `model` and `moe` of `saved` are another model than `config`'s."""
+    own = _identity(config)
+    other = _identity(Config.model_validate({section: saved[section] for section in ("model", "moe")}))
+    return [f"{key} is {own[key]}, there it is {other[key]}" for key in own if own[key] != other[key]]
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """`section.key` → what tells one model from another, with defaults that follow from other keys filled in."""
+    resolved = {"model.head_dim": config.head_dim, "model.num_kv_heads": config.num_kv_heads}
+    keys = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(include={"model", "moe"}).items()
+        for key, value in values.items()
+        if key not in TUNABLE
+    }
+    return {**keys, **resolved}

@@ -1,0 +1,45 @@
+"""What a result needs beside its numbers: hardware, versions, command and date."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "?"),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        "python": platform.python_version(),
+    }
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles of a list of times, in milliseconds."""
+    first, median, third = statistics.quantiles(seconds, n=4)
+    return {"median_ms": 1e3 * median, "q1_ms": 1e3 * first, "q3_ms": 1e3 * third}
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**describe(), **result}, indent=1) + "\n")
+    return path
