@@ -20,7 +20,7 @@ from ava_fast.errors import UserError
 
 WORLD_SIZE, MICRO_BATCHES, STEPS = 2, 2, 8
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
-MAX_NORM = 0.5
+MAX_NORM, WEIGHT_DECAY = 0.5, 0.2
 
 
 class Experts(nn.Module):
@@ -80,8 +80,15 @@ def rate(step: int) -> float:
     return 0.02 / (1 + step)
 
 
-def make_config(stage: int, precision: str, max_grad_norm: float = MAX_NORM) -> Config:
-    training = {"precision": precision, "max_grad_norm": max_grad_norm, "weight_decay": 0.2, "adam_beta1": 0.8}
+def make_config(
+    stage: int, precision: str, max_grad_norm: float = MAX_NORM, weight_decay: float = WEIGHT_DECAY
+) -> Config:
+    training = {
+        "precision": precision,
+        "max_grad_norm": max_grad_norm,
+        "weight_decay": weight_decay,
+        "adam_beta1": 0.8,
+    }
     return Config.model_validate({"training": training, "deepspeed": {"zero_stage": stage, "bucket_elements": 1001}})
 
 
@@ -97,7 +104,7 @@ def plain_loop(
     decayed = [p for p in master.parameters() if p.ndim >= 2]
     others = [p for p in master.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
         betas=(0.8, 0.95),
         eps=1e-8,
         foreach=False,
@@ -171,6 +178,10 @@ def exercise(root: Path) -> dict[Any, dict[str, Any]]:
 
         resumed.load(folder)  # into an engine that has trained: a roll-back
         case["replayed_history"], case["replayed"] = train(resumed, range(half, STEPS)), resumed.gather_weights()
+
+        changed = Engine(TinyModel(), make_config(stage, precision, weight_decay=0.3))
+        changed.load(folder)
+        case["weight_decay"] = [group["weight_decay"] for group in changed._optimizer.param_groups]
 
         other = root / ("0fp32" if precision == "fp32" else "0bf16")  # another stage's checkpoint, for the weights
         resumed.load(other, optimizer=False)
@@ -266,6 +277,11 @@ def test_resume_and_skip_are_bitwise(case: tuple[int, str, list[Any]]) -> None:
     assert_same(by_rank[0]["after_poison"], by_rank[0]["at_save"])
     assert_same(by_rank[0]["resumed"], by_rank[0]["weights"])
     assert_same(by_rank[0]["replayed"], by_rank[0]["weights"])
+
+
+def test_the_configuration_outranks_the_checkpoint(case: tuple[int, str, list[Any]]) -> None:
+    _, _, (first, _) = case
+    assert first["weight_decay"] == [0.3, 0.0]
 
 
 def test_weights_load_without_the_optimizer_from_any_stage(
