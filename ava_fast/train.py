@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             close_distributed()
     except (UserError, TrainingError, Interrupted) as error:
         return _leave(error)
+    except OSError as error:  # a log or the metrics, on a disk that filled up
+        logger.debug("stopped by", exc_info=True)
+        return _leave(TrainingError(f"{error.filename or 'a file'}: {error.strerror or error}; resume with --resume"))
     finally:
         stop_logging()
     return 0
@@ -87,7 +90,10 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     try:
         trainer.run()
     except (TrainingError, Interrupted) as error:
-        finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
+        try:
+            finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
+        except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
+            logger.warning(f"the report could not be written: {unwritten}")
         raise
     finish(trainer, shards, "finished", started_at)
 

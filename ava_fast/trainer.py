@@ -8,6 +8,8 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,9 +65,11 @@ class Trainer:
         self.engine = Engine(model, config)
         seed_generators(training.seed + 1 + rank)  # different noise on each
         self.step = 0
-        self.evaluated_at = -1
+        self.evaluated_at = self.saved_at = -1
         self.heldout = math.nan
         self._stop_signal = 0
+        self._metrics: Metrics | None = None  # on rank 0, while it runs
+        self._bar: StepBar | None = None
         self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
 
@@ -76,38 +80,20 @@ class Trainer:
         cannot go on.
         """
         config = self.config
-        metrics = Metrics(self.run_folder / "metrics.jsonl", self.step) if self.engine.rank == 0 else None
-        bar = StepBar(self.step, config.training.max_steps, enabled=config.logging.progress and self.engine.rank == 0)
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        started_at, start_step = time.perf_counter(), self.step
-        saved_at = self.step
-        try:
+        with self._watched(), self._signals_noted():
             while self.step < config.training.max_steps:
                 record, interrupted = self._step()
-                if metrics:
-                    metrics.write(record)
-                    bar.advance(record["loss"])
-                    if self.step % config.logging.log_steps == 0 or self.step == start_step + 1:
-                        pace = (time.perf_counter() - started_at) / (self.step - start_step)
-                        eta = pace * (config.training.max_steps - self.step)
-                        logger.info(step_line(record, config.training.max_steps, eta))
+                self._show(record)
                 if _due(self.step, config.evaluation.eval_steps):
-                    self._evaluate(metrics)
+                    self._evaluate()
                 if interrupted or _due(self.step, config.checkpoint.save_steps):
                     self.save()
-                    saved_at = self.step
                 if interrupted:
                     raise Interrupted(f"{signal.Signals(interrupted).name}: saved at step {self.step}")
             if self.evaluated_at != self.step:
-                self._evaluate(metrics)
-            if saved_at != self.step:
+                self._evaluate()
+            if self.saved_at != self.step:
                 self.save()
-        finally:
-            bar.close()
-            if metrics:
-                metrics.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _step(self) -> tuple[dict[str, Any], int]:
         """One optimizer step → its record for metrics.jsonl, and the signal that asks to stop after it (or 0)."""
@@ -148,13 +134,13 @@ class Trainer:
             "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
         }, interrupted
 
-    def _evaluate(self, metrics: Metrics | None) -> None:
+    def _evaluate(self) -> None:
         started_at = time.perf_counter()
         self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size)
         self.evaluated_at = self.step
         seconds = time.perf_counter() - started_at
-        if metrics:
-            metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
+        if self._metrics:
+            self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
     def save(self) -> None:
@@ -186,6 +172,7 @@ class Trainer:
             raise TrainingError(
                 f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
             )
+        self.saved_at = self.step
         logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
 
     def _write(self, folder: Path) -> None:
@@ -209,7 +196,7 @@ class Trainer:
         generators = checkpoint / f"rank_{self.engine.rank}.pt"
         if generators.is_file():  # a larger world has ranks that were never saved
             _restore_generators(torch.load(generators, weights_only=False))
-        self.step = manifest["step"]
+        self.step = self.saved_at = manifest["step"]
         self.evaluated_at = manifest["heldout_step"]
         if manifest["heldout_loss"] is not None:
             self.heldout = manifest["heldout_loss"]
@@ -237,8 +224,41 @@ class Trainer:
         saved = store.list_checkpoints(self.checkpoints)
         return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signal = number
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """On rank 0, metrics.jsonl is open and the bar shown."""
+        if self.engine.rank != 0:
+            yield
+            return
+        self._metrics = Metrics(self.run_folder / "metrics.jsonl", self.step)
+        self._bar = StepBar(self.step, self.config.training.max_steps, enabled=self.config.logging.progress)
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._metrics.close()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if self._metrics is None or self._bar is None:
+            return
+        self._metrics.write(record)
+        self._bar.advance(record["loss"])
+        if self.step % self.config.logging.log_steps == 0 or self._bar.steps_done == 1:
+            logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after its step instead of the process at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._stop_signal = number
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def seed_generators(seed: int) -> None:
@@ -269,7 +289,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _attempt(action: Any) -> str | None:
+def _attempt(action: Callable[[], object]) -> str | None:
     """Runs it; a failure to write comes back as a line, so that the ranks can agree on it."""
     try:
         action()

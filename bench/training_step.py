@@ -25,27 +25,40 @@ from ava_fast.model.huggingface import export
 from ava_fast.model.transformer import Transformer
 from bench import machine
 
-# name → (batch, sequence, overrides)
-SIZES: dict[str, tuple[int, int, list[str]]] = {
-    "demo (1.0 M, 8 experts of 192, K 2)": (
-        8,
-        128,
-        ["model.vocab_size=1024", "model.hidden_size=128", "model.num_layers=3", "model.num_heads=4"]
-        + ["moe.num_experts=8", "moe.top_k=2", "moe.intermediate_size=192"],
-    ),
-    "18 M, 8 experts of 512, K 2": (
-        8,
-        256,
-        ["model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4", "model.num_heads=8"]
-        + ["moe.num_experts=8", "moe.top_k=2", "moe.intermediate_size=512"],
-    ),
-    "18 M, 64 experts of 64, K 8": (
-        8,
-        256,
-        ["model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4", "model.num_heads=8"]
-        + ["moe.num_experts=64", "moe.top_k=8", "moe.intermediate_size=64"],
-    ),
+# The demo's model, then 18 M parameters with few wide experts and with many narrow ones.
+SIZES = {
+    "demo": {
+        "vocab": 1024,
+        "hidden": 128,
+        "layers": 3,
+        "heads": 4,
+        "experts": 8,
+        "top_k": 2,
+        "width": 192,
+        "length": 128,
+    },
+    "wide": {
+        "vocab": 8192,
+        "hidden": 256,
+        "layers": 4,
+        "heads": 8,
+        "experts": 8,
+        "top_k": 2,
+        "width": 512,
+        "length": 256,
+    },
+    "fine": {
+        "vocab": 8192,
+        "hidden": 256,
+        "layers": 4,
+        "heads": 8,
+        "experts": 64,
+        "top_k": 8,
+        "width": 64,
+        "length": 256,
+    },
 }
+BATCH = 8
 THEIRS = ["eager", "batched_mm", "grouped_mm"]
 
 
@@ -54,21 +67,36 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     runs = parser.parse_args().runs
     rows = []
-    for name, (batch, length, overrides) in SIZES.items():
-        config = load_config(None, [*overrides, f"data.max_length={length}"])
-        rows.append({"size": name, "batch": batch, "sequence": length, **_compare(config, batch, length, runs)})
-        row = rows[-1]
+    for name, size in SIZES.items():
+        row = {"name": name, **size, "batch": BATCH, **_compare(_config(size), runs)}
+        rows.append(row)
         print(f"{name}: {row['ratio']:.2f}× {row['fastest_peer']}", flush=True)
         for contender, figures in row["contenders"].items():
-            print(f"  {contender:24} {figures['median_ms']:8.1f} ms  {figures['tokens_per_second']:8,.0f} tok/s", flush=True)
+            rate = figures["tokens_per_second"]
+            print(f"  {contender:24} {figures['median_ms']:8.1f} ms  {rate:8,.0f} tok/s", flush=True)
     print(machine.write("training_step_cpu", {"precision": "fp32", "runs": runs, "sizes": rows}))
 
 
-def _compare(config: Config, batch: int, length: int, runs: int) -> dict[str, Any]:
+def _config(size: dict[str, int]) -> Config:
+    settings = {
+        "model.vocab_size": size["vocab"],
+        "model.hidden_size": size["hidden"],
+        "model.num_layers": size["layers"],
+        "model.num_heads": size["heads"],
+        "moe.num_experts": size["experts"],
+        "moe.top_k": size["top_k"],
+        "moe.intermediate_size": size["width"],
+        "data.max_length": size["length"],
+    }
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+
+
+def _compare(config: Config, runs: int) -> dict[str, Any]:
     torch.manual_seed(0)
+    length = config.data.max_length
     ours = Transformer(config)
     theirs = _mixtral(ours, config)
-    tokens = torch.randint(config.model.vocab_size, (batch, length + 1))
+    tokens = torch.randint(config.model.vocab_size, (BATCH, length + 1))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def our_loss() -> torch.Tensor:
@@ -100,7 +128,7 @@ def _compare(config: Config, batch: int, length: int, runs: int) -> dict[str, An
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "contenders": {
-            name: {**machine.spread(seconds), "tokens_per_second": batch * length / statistics.median(seconds)}
+            name: {**machine.spread(seconds), "tokens_per_second": BATCH * length / statistics.median(seconds)}
             for name, seconds in times.items()
         },
         "fastest_peer": fastest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -37,22 +38,30 @@ def step_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
 
 
 class StepBar:
-    """A bar over the run's steps; nothing where `enabled` is false or stderr is no terminal."""
+    """A bar over the run's steps, shown if `enabled` and stderr is a terminal, and their pace."""
 
     def __init__(self, first: int, total: int, enabled: bool):
-        shown = enabled and sys.stderr.isatty()
+        self._left = total - first
+        self._started_at = time.perf_counter()
+        self.steps_done = 0
         self._bar = tqdm(
             total=total,
             initial=first,
-            disable=not shown,
+            disable=not (enabled and sys.stderr.isatty()),
             unit="step",
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
         )
 
     def advance(self, loss: float) -> None:
+        self.steps_done += 1
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self._bar.update()
+
+    def eta(self) -> float:
+        """Seconds to the end at this launch's pace so far, evaluations and saves included."""
+        pace = (time.perf_counter() - self._started_at) / self.steps_done
+        return pace * (self._left - self.steps_done)
 
     def close(self) -> None:
         self._bar.close()
