@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ava_fast.errors import UserError
+from ava_fast.files import sync, write_synced
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,18 +38,18 @@ def commit(folder: Path, contents: dict[str, Any], keep: int | None) -> Path:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
+        sync(path)
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync(path)
+        sync(path)
     manifest = {"format_version": FORMAT_VERSION, **contents, "files": files}
-    _write_synced(folder / MANIFEST, json.dumps(manifest, indent=1))
-    _sync(folder)
+    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync(folder)
     final = folder.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from before it
     folder.rename(final)
-    _write_synced(final.parent / "latest.tmp", final.name)
+    write_synced(final.parent / "latest.tmp", final.name.encode())
     os.replace(final.parent / "latest.tmp", final.parent / "latest")
-    _sync(final.parent)
+    sync(final.parent)
     if keep is not None:
         for old in list_checkpoints(final.parent)[:-keep]:
             if old != final:
@@ -119,18 +120,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

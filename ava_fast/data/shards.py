@@ -32,6 +32,7 @@ from pydantic import Field, ValidationError
 from ava_fast.config import Count, Positive, Section
 from ava_fast.data.corpus import Skipped
 from ava_fast.errors import UserError
+from ava_fast.files import sync, write_synced
 
 FORMAT_VERSION: Final = 1
 SHARD_TOKENS = 64 * 2**20
@@ -112,8 +113,8 @@ def write_shards(
     temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary / "tokenizer.json", tokenizer_json)
-        _write(
+        write_synced(temporary / "tokenizer.json", tokenizer_json)
+        write_synced(
             temporary / "skipped.jsonl",
             "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped).encode(),
         )
@@ -128,14 +129,14 @@ def write_shards(
             train=_write_split(temporary / "train", train, dtype, eos_id, shard_tokens),
             validation=_write_split(temporary / "validation", validation, dtype, eos_id, shard_tokens),
         )
-        _write(temporary / "index.json", (index.model_dump_json(indent=1) + "\n").encode())
-        _sync_folder(temporary)
+        write_synced(temporary / "index.json", (index.model_dump_json(indent=1) + "\n").encode())
+        sync(temporary)
         try:
             temporary.rename(folder)
         except OSError:
             if not (folder / "index.json").is_file():
                 raise
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {folder}: {error.strerror}; free some space or set data.cache_dir elsewhere"
@@ -230,7 +231,7 @@ def _write_split(folder: Path, pieces: Iterable[Piece], dtype: str, eos_id: int,
     def flush() -> None:
         nonlocal filled
         name, data = f"{len(shards):05d}.bin", buffer[:filled].tobytes()
-        _write(folder / name, data)
+        write_synced(folder / name, data)
         shards.append(Shard(file=f"{folder.name}/{name}", tokens=filled, sha256=hashlib.sha256(data).hexdigest()))
         filled = 0
 
@@ -245,23 +246,8 @@ def _write_split(folder: Path, pieces: Iterable[Piece], dtype: str, eos_id: int,
                 flush()
     if filled:
         flush()
-    _sync_folder(folder)
+    sync(folder)
     return SplitIndex(documents=documents, bytes=size, tokens=sum(shard.tokens for shard in shards), shards=shards)
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ava_fast.config import Config, ConfigError, load_config
 from ava_fast.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file
 from ava_fast.errors import UserError
+from ava_fast.files import sync
 from ava_fast.model import architectures
 from ava_fast.model.architectures import ARCHITECTURES
 from ava_fast.model.transformer import Transformer
@@ -254,18 +255,10 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
