@@ -6,7 +6,9 @@ import pytest
 import torch
 from ava_kernels import apply_rotary, rope_attention
 
-LENGTHS = [(7, 7), (1, 1), (1, 9), (3, 9), (9, 3), (4, 0), (0, 0)]
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
+LENGTHS = [(7, 7), (1, 1), (1, 9), (2, 5), (3, 9), (9, 3), (4, 0), (0, 0)]
 
 
 def written_out(q, k, v, *, causal, scale=None):
@@ -83,7 +85,7 @@ def test_error_is_that_of_the_formula_in_the_same_precision(S_q, S_k, dtype):
     exact = with_gradients(lambda *t: written_out(*t, causal=True), exact_tensors, upstream.double())
     for got, peer, truth in zip(ours, same, exact, strict=True):
         assert got.dtype == dtype
-        assert (got - truth).abs().max() <= 3 * (peer - truth).abs().max()
+        assert (got - truth).norm() <= 4 * (peer - truth).norm()
 
 
 def test_strided_heads_of_one_projection():

@@ -6,6 +6,8 @@ import pytest
 import torch
 from ava_kernels import apply_rotary, rope_table
 
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
 
 def angles_SP(length, pairs):
     return torch.randn(length, pairs, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 10

@@ -10,6 +10,8 @@ from ava_kernels import load_balancing_loss, route, router_z_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
 
 @st.composite
 def problems(draw):
@@ -106,6 +108,12 @@ def test_sigmoid_scores_that_are_all_zero_give_no_nan():
     routing.weight.sum().backward()
     assert not routing.weight.any()
     assert not logits.grad.any()
+
+
+def test_ties_among_many_experts_go_to_the_lower_ones():
+    logits = torch.randint(0, 3, (20, 128), generator=torch.Generator().manual_seed(0)).float()
+    chosen = [sorted(range(128), key=lambda e, row=row: (-row[e], e))[:8] for row in logits.tolist()]
+    assert route(logits, 8).expert.tolist() == chosen
 
 
 @pytest.mark.parametrize("top_k", [0, 5, -1])

@@ -9,6 +9,8 @@ from ava_fast.config import Config
 from ava_fast.model.generation import generate
 from ava_fast.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
 PROMPT = [3, 14, 15, 9]
 
 

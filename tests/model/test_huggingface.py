@@ -23,6 +23,8 @@ from ava_fast.model.generation import generate
 from ava_fast.model.huggingface import export, import_folder, read_model, write_model
 from ava_fast.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 28,
@@ -281,6 +283,28 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_own_format_that_does_not_fit_together_is_refused(tmp_path):
+    config = small_config()
+    sections = config.model_dump(include={"model", "moe"})
+    write_model(Transformer(config).state_dict(), sections, tmp_path / "own")
+    file = tmp_path / "own" / "config.yaml"
+    file.write_text(file.read_text().replace("num_experts: 3", "num_experts: 4"))
+    with pytest.raises(UserError, match=r"blocks.0.mlp.router is \(3, 16\) where \(4, 16\) is needed"):
+        read_model(tmp_path / "own")
+    file.write_text(file.read_text().replace("num_experts: 4", "num_expert: 3"))
+    with pytest.raises(UserError, match=r"moe.num_expert: is not a setting"):
+        read_model(tmp_path / "own")
+
+
+def test_router_noise_and_rotary_base_are_written_for_old_and_new_transformers(tmp_path):
+    config = small_config(model={"rope_theta": 5e5}, moe={"jitter": 0.125})
+    export(Transformer(config).state_dict(), config, tmp_path / "out")
+    options = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert options["rope_theta"] == options["rope_parameters"]["rope_theta"] == 5e5
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").router_jitter_noise == 0.125
+    assert import_folder(tmp_path / "out")[1]["moe"]["jitter"] == 0.125
+
+
 @pytest.fixture
 def mixtral_folder(tmp_path):
     random_peer(CASES["mixtral"]).save_pretrained(tmp_path / "hf")
@@ -343,6 +367,8 @@ def test_import_names_every_unsupported_option(mixtral_folder):
         ("qwen3", {"decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
         ("qwen3", {"attention_bias": True}, "attention_bias: True"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window: True"),
+        ("qwen3", {"num_local_experts": 0}, "the number of experts is 0; must be at least 1"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         ("qwen3", {"num_attention_heads": 5}, "model.num_kv_heads: .*a divisor of model.num_heads"),
         ("qwen2", {"shared_expert_intermediate_size": 37}, "shared_expert_intermediate_size: 37 must be a multiple"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: 'sliding_attention'"),

@@ -13,6 +13,8 @@ from ava_fast.model import moe
 from ava_fast.model.moe import DenseMlp, MoeBlock
 from ava_fast.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
 
 def make(model=None, moe=None, checkpointing=False, max_length=32, seed=0):
     """A small model whose every matrix and norm is random, at a scale where mistakes show."""
@@ -68,11 +70,11 @@ def test_future_tokens_do_not_change_the_past(options):
 @torch.no_grad()
 def test_cached_logits_equal_full_logits(options):
     model, (tokens, _) = make(*OPTIONS[options], max_length=8), batch()  # positions outgrow max_length
-    full, _ = model.logits(tokens)
     past, pieces = None, []
     for piece in tokens.split([4, 1, 3, 1, 2], dim=1):
         logits, past = model.logits(piece, past)
         pieces.append(logits)
+    full, _ = model.logits(tokens)
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-5)
     assert past[0][0].shape == (3, 11, 2, 6)
 

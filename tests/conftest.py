@@ -1,0 +1,18 @@
+"""Fixtures for every folder of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def small_and_seeded() -> Iterator[None]:
+    """For tiny tensors: a fixed seed, and one thread, as waking the others costs more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
