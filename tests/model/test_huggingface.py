@@ -342,6 +342,13 @@ def test_shards_old_rope_key_and_half_precision(mixtral_folder):
         import_folder(mixtral_folder)
 
 
+def test_rotary_base_is_read_where_transformers_reads_it(mixtral_folder):
+    for options in ({"rope_theta": 7.0}, {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}}, {}):
+        change(mixtral_folder, "rope_parameters", "rope_theta", **options)
+        theirs = transformers.AutoConfig.from_pretrained(mixtral_folder).rope_parameters["rope_theta"]
+        assert import_folder(mixtral_folder)[1]["model"]["rope_theta"] == theirs
+
+
 def test_import_names_every_unsupported_option(mixtral_folder):
     change(
         mixtral_folder,
