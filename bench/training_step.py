@@ -26,40 +26,18 @@ from ava_fast.model.huggingface import export
 from ava_fast.model.transformer import Transformer
 from bench import machine
 
-# The demo's model, then 18 M parameters with few wide experts and with many narrow ones.
+# The demo's model; then 18 M parameters with few wide experts and with many narrow ones, as recent models have them,
+# each at a small and at a larger batch.
+DEMO = {"vocab": 1024, "hidden": 128, "layers": 3, "heads": 4, "experts": 8, "top_k": 2, "width": 192, "length": 128}
+WIDE = {"vocab": 8192, "hidden": 256, "layers": 4, "heads": 8, "experts": 8, "top_k": 2, "width": 512, "length": 256}
+FINE = {**WIDE, "experts": 64, "top_k": 8, "width": 64}
 SIZES = {
-    "demo": {
-        "vocab": 1024,
-        "hidden": 128,
-        "layers": 3,
-        "heads": 4,
-        "experts": 8,
-        "top_k": 2,
-        "width": 192,
-        "length": 128,
-    },
-    "wide": {
-        "vocab": 8192,
-        "hidden": 256,
-        "layers": 4,
-        "heads": 8,
-        "experts": 8,
-        "top_k": 2,
-        "width": 512,
-        "length": 256,
-    },
-    "fine": {
-        "vocab": 8192,
-        "hidden": 256,
-        "layers": 4,
-        "heads": 8,
-        "experts": 64,
-        "top_k": 8,
-        "width": 64,
-        "length": 256,
-    },
+    "demo, 8 × 128 tokens": {**DEMO, "batch": 8},
+    "wide, 8 × 256 tokens": {**WIDE, "batch": 8},
+    "wide, 32 × 256 tokens": {**WIDE, "batch": 32},
+    "fine, 8 × 256 tokens": {**FINE, "batch": 8},
+    "fine, 32 × 256 tokens": {**FINE, "batch": 32},
 }
-BATCH = 8
 WARM_UP = 2
 # Not batched_mm: it copies an expert's weights for every token, 4 GB at `wide`, and takes 20 times as long at `demo`.
 THEIRS = ["eager", "grouped_mm"]
@@ -71,7 +49,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     rows = []
     for name, size in SIZES.items():
-        row = {"name": name, **size, "batch": BATCH, **_compare(_config(size), runs)}
+        row = {"name": name, **size, **_compare(_config(size), size["batch"], runs)}
         rows.append(row)
         print(f"{name}: {row['ratio']:.2f}× {row['fastest_peer']}", flush=True)
         for contender, figures in row["contenders"].items():
@@ -94,12 +72,12 @@ def _config(size: dict[str, int]) -> Config:
     return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
 
-def _compare(config: Config, runs: int) -> dict[str, Any]:
+def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     length = config.data.max_length
     ours = Transformer(config)
     theirs = _mixtral(ours, config)
-    tokens = torch.randint(config.model.vocab_size, (BATCH, length + 1))
+    tokens = torch.randint(config.model.vocab_size, (batch, length + 1))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def our_loss() -> torch.Tensor:
@@ -136,7 +114,7 @@ def _compare(config: Config, runs: int) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "contenders": {
-            name: {**machine.spread(seconds), "tokens_per_second": BATCH * length / statistics.median(seconds)}
+            name: {**machine.spread(seconds), "tokens_per_second": batch * length / statistics.median(seconds)}
             for name, seconds in times.items()
         },
         "fastest_peer": fastest,

@@ -13,13 +13,13 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from ava_kernels import rope_table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ava_fast.config import Config
 from ava_fast.model.attention import Attention, KeyValues
+from ava_fast.model.head import Head
 from ava_fast.model.moe import DenseMlp, MoeBlock
 
 
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
         self.norm = _norm(config)
-        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.head = Head(model.hidden_size, model.vocab_size)
         self._rope: tuple[Tensor, Tensor] | None = None
         self._initialise()
         if model.tie_embeddings:
@@ -62,8 +62,7 @@ class Transformer(nn.Module):
             if balance is not None:
                 balance_losses.append(balance)
                 z_losses.append(z)
-        logits_TV = self.head(self.norm(x_BSM)).flatten(0, 1).float()
-        loss = F.cross_entropy(logits_TV, labels_BS.flatten())
+        loss = self.head(self.norm(x_BSM), labels_BS)
         zero = loss.new_zeros(())
         balance_loss = torch.stack(balance_losses).mean() if balance_losses else zero
         z_loss = torch.stack(z_losses).mean() if z_losses else zero

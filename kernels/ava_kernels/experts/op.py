@@ -32,22 +32,20 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tenso
             f"x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)} and a routing over "
             f"{routing.offsets.shape[0] - 1} experts do not fit: they must be (T, M), (E, 2I, M), (E, M, I) and E"
         )
-    return _MoeMlp.apply(x, gate_up, down, routing.weight, routing.token, routing.slot, routing.offsets)
+    weight_N = routing.weight[routing.token, routing.slot]
+    return _MoeMlp.apply(x, gate_up, down, weight_N, routing.token, routing.offsets[1:])
 
 
 class _MoeMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, token: Tensor, slot: Tensor, offsets: Tensor
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, token: Tensor, ends: Tensor
     ) -> Tensor:
-        rows = reference.rows_of_choices(token, slot, weight.shape[1])
-        ends = offsets[1:]
-        out, h = reference.forward(x, gate_up, down, weight, token, rows, ends)
-        ctx.save_for_backward(x, gate_up, down, weight, token, rows, ends, h)
+        out, h = reference.forward(x, gate_up, down, weight, token, ends)
+        ctx.save_for_backward(x, gate_up, down, weight, token, ends, h)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dgate_up, ddown, dweight = reference.backward(dout.contiguous(), *ctx.saved_tensors)
-        return dx, dgate_up, ddown, dweight, None, None, None
+        return *reference.backward(dout, *ctx.saved_tensors), None, None

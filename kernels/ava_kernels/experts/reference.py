@@ -1,4 +1,4 @@
-"""The experts' MLP and its gradients in plain PyTorch, by grouped matrix products over expert-sorted rows.
+"""The experts' MLP and its gradients in plain PyTorch, expert by expert, so that what one needs stays in the cache.
 
 Forward, for row n that token t sends to its choice k at expert e:
     h = W1_e x_t        a = silu(h_gate) · h_up        y_n = W2_e a        out_t = Σ_k weight_tk · y_n
@@ -9,16 +9,11 @@ Kept for backward are x and h alone: a is recomputed, and y is never needed, as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def rows_of_choices(token: Tensor, slot: Tensor, top_k: int) -> Tensor:
-    """(T, K) → where each choice stands among the expert-sorted rows: the inverse of (token, slot)."""
-    rows = torch.empty_like(token)
-    rows[token * top_k + slot] = torch.arange(token.numel(), device=token.device)
-    return rows.view(-1, top_k)
 
 
 def _has_aligned_rows(t: Tensor) -> bool:
@@ -43,20 +38,19 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 def forward(
-    x_TM: Tensor,
-    gate_up_E2IM: Tensor,
-    down_EMI: Tensor,
-    weight_TK: Tensor,
-    token_N: Tensor,
-    rows_TK: Tensor,
-    ends_E: Tensor,
+    x_TM: Tensor, gate_up_E2IM: Tensor, down_EMI: Tensor, weight_N: Tensor, token_N: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """→ out (T, M) and h (N, 2I), which backward needs."""
-    h_N2I = grouped_mm(x_TM[token_N], gate_up_E2IM.mT, ends_E)
-    gate_NI, up_NI = h_N2I.chunk(2, dim=-1)
-    y_NM = grouped_mm(F.silu(gate_NI).mul_(up_NI), down_EMI.mT, ends_E)
-    out_TM = torch.bmm(weight_TK.to(y_NM.dtype)[:, None, :], y_NM[rows_TK])[:, 0]
-    return out_TM, h_N2I
+    """→ out (T, M) and h (N, 2I), which backward needs. Everything else is no larger than one expert's rows."""
+    out_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
+    h_N2I = x_TM.new_empty(len(token_N), gate_up_E2IM.shape[1])
+    for expert, rows in _rows_by_expert(ends_E):
+        token_R = token_N[rows]
+        h_R2I = torch.mm(x_TM.index_select(0, token_R), gate_up_E2IM[expert].mT, out=h_N2I[rows])
+        gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
+        y_RM = torch.mm(F.silu(gate_RI).mul_(up_RI), down_EMI[expert].mT).to(out_TM.dtype)
+        # A token is at an expert once, so the order of the sum is the order of the experts.
+        out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
+    return out_TM.to(x_TM.dtype), h_N2I
 
 
 def backward(
@@ -64,33 +58,46 @@ def backward(
     x_TM: Tensor,
     gate_up_E2IM: Tensor,
     down_EMI: Tensor,
-    weight_TK: Tensor,
+    weight_N: Tensor,
     token_N: Tensor,
-    rows_TK: Tensor,
     ends_E: Tensor,
     h_N2I: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ gradients of x, gate_up, down and weight."""
-    weight_N = torch.empty_like(weight_TK).view(-1)
-    weight_N[rows_TK.view(-1)] = weight_TK.reshape(-1)
-    weight_N1 = weight_N[:, None].to(h_N2I.dtype)
+    """→ gradients of x, gate_up, down and weight_N."""
+    dx_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
+    dgate_up_E2IM, ddown_EMI = torch.empty_like(gate_up_E2IM), torch.empty_like(down_EMI)
+    dweight_N = torch.empty_like(weight_N)
+    idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+    dgate_up_E2IM[idle_E] = 0.0
+    ddown_EMI[idle_E] = 0.0
+    for expert, rows in _rows_by_expert(ends_E):
+        token_R, weight_R1 = token_N[rows], weight_N[rows, None].to(x_TM.dtype)
+        dout_RM = dout_TM.index_select(0, token_R)
+        gate_RI, up_RI = h_N2I[rows].chunk(2, dim=-1)
+        silu_RI = F.silu(gate_RI)
+        a_RI = silu_RI * up_RI
+        da_RI = torch.mm(dout_RM, down_EMI[expert])  # before the token's weight
+        dweight_N[rows] = torch.linalg.vecdot(da_RI, a_RI).to(dweight_N.dtype)
+        torch.mm(dout_RM.mT, a_RI.mul_(weight_R1), out=ddown_EMI[expert])
+        da_RI.mul_(weight_R1)
+        dh_R2I = torch.empty_like(h_N2I[rows])
+        dgate_RI, dup_RI = dh_R2I.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(da_RI * up_RI, gate_RI, grad_input=dgate_RI)
+        torch.mul(da_RI, silu_RI, out=dup_RI)
+        torch.mm(dh_R2I.mT, x_TM.index_select(0, token_R), out=dgate_up_E2IM[expert])
+        dx_TM.index_add_(0, token_R, torch.mm(dh_R2I, gate_up_E2IM[expert]).to(dx_TM.dtype))
+    return dx_TM.to(x_TM.dtype), dgate_up_E2IM, ddown_EMI, dweight_N
 
-    dout_NM = dout_TM[token_N]
-    gate_NI, up_NI = h_N2I.chunk(2, dim=-1)
-    sigmoid_NI = gate_NI.sigmoid()
-    silu_NI = gate_NI * sigmoid_NI
-    a_NI = silu_NI * up_NI
-    da_NI = grouped_mm(dout_NM, down_EMI, ends_E)  # before the token's weight
-    dweight_N = torch.linalg.vecdot(da_NI, a_NI).to(weight_TK.dtype)
-    da_NI.mul_(weight_N1)
 
-    ddown_EMI = grouped_mm(dout_NM.mT, a_NI.mul_(weight_N1), ends_E)
-    dh_N2I = torch.empty_like(h_N2I)
-    dgate_NI, dup_NI = dh_N2I.chunk(2, dim=-1)
-    torch.mul(da_NI, silu_NI, out=dup_NI)
-    # d silu(g)/dg = σ(g) · (1 + g · (1 − σ(g))) = σ(g) + silu(g) · (1 − σ(g))
-    torch.addcmul(sigmoid_NI, silu_NI, 1 - sigmoid_NI, out=dgate_NI).mul_(up_NI).mul_(da_NI)
-    dgate_up_E2IM = grouped_mm(dh_N2I.mT, x_TM[token_N], ends_E)
-    dx_NM = grouped_mm(dh_N2I, gate_up_E2IM, ends_E)
-    dx_TM = dx_NM[rows_TK].sum(1)
-    return dx_TM, dgate_up_E2IM, ddown_EMI, dweight_N[rows_TK]
+def _rows_by_expert(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """Every expert that has tokens, with its slice of the expert-sorted rows. Reads `ends_E` on the host."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """A token's K terms are added in at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
