@@ -206,4 +206,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread of torch's collectives that wants the GIL while the interpreter is torn down ends the process
+    # in std::terminate (seen in about one run of thirty), and torchrun then kills the rank that is writing the report.
+    os._exit(code)
