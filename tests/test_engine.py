@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +346,25 @@ def test_one_process_needs_no_launcher_and_no_compiler_and_repeats_bitwise(tmp_p
         assert_same(first, second)
     for other in weights[2::2]:
         torch.testing.assert_close(other, weights[0], rtol=1e-4, atol=1e-5)
+
+
+def save_where_rank_1_cannot_write(root: Path) -> str | None:
+    config = make_config(1, "fp32")
+    init_distributed(config)
+    engine = Engine(TinyModel(), config)
+    if engine.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # fails as a full disk does
+    try:
+        engine.save(root / "full")
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        engine.close()
+    return None
+
+
+def test_a_rank_that_cannot_write_fails_alone_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    rank_0, rank_1 = run_on_ranks(save_where_rank_1_cannot_write, 2, tmp_path, timeout=60.0)
+    assert rank_0 is None
+    assert rank_1

@@ -75,6 +75,7 @@ def prepare(
     if is_prepared(folder):
         read_index(folder)
     else:
+        logger.info("preparing %d documents: %s", len(corpus.documents), corpus.source)
         train, validation = split(corpus.documents, validation_fraction)
         encoder = given or _Encoder.train(train, vocab_size, progress)
         write_shards(
@@ -163,7 +164,7 @@ def _bar(documents: list[Document], description: str, progress: bool) -> tqdm[No
         unit="B",
         unit_scale=True,
         delay=BAR_DELAY_SECONDS,
-        disable=not progress,
+        disable=None if progress else True,  # None: only on a terminal
     )
 
 
