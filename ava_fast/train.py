@@ -209,6 +209,7 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a thread of torch's collectives that wants the GIL while the interpreter is torn down ends the process
-    # in std::terminate (seen in about one run of thirty), and torchrun then kills the rank that is writing the report.
+    # Not sys.exit: a thread of torch's collectives that wants the GIL while the interpreter is torn down ends the
+    # process in std::terminate (seen in about one run of thirty), and torchrun then kills the rank that is writing the
+    # report.
     os._exit(code)
