@@ -50,7 +50,7 @@ class StepBar:
             disable=not (enabled and sys.stderr.isatty()),
             unit="step",
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
     def advance(self, loss: float) -> None:
