@@ -89,7 +89,8 @@ class Trainer:
                 if interrupted or _due(self.step, config.checkpoint.save_steps):
                     self.save()
                 if interrupted:
-                    raise Interrupted(f"{signal.Signals(interrupted).name}: saved at step {self.step}; go on with --resume latest")
+                    name = signal.Signals(interrupted).name
+                    raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
             if self.evaluated_at != self.step:
                 self._evaluate()
             if self.saved_at != self.step:
