@@ -23,13 +23,18 @@ def describe() -> dict[str, Any]:
     )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python -m " + (sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "?"),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
         "python": platform.python_version(),
     }
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else sys.argv[0]
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
