@@ -2,7 +2,8 @@
 
     from ava_kernels import moe_mlp, rope_attention, route
 
-Depends on torch alone. Each folder holds `reference.py`, the plain PyTorch definition that runs on every device.
+Depends on torch, and on a GPU on triton. Each folder holds `op.py`, the public operation, `reference.py`, its plain
+PyTorch definition, which runs on every device, and `kernels.py`, its Triton kernels, which run on CUDA tensors.
 Shape suffixes: B batch, S sequence, T tokens, H heads, D head dim, M model dim, I expert width, E experts,
 K choices per token, N = T·K (token, choice) pairs.
 """
@@ -10,7 +11,7 @@ K choices per token, N = T·K (token, choice) pairs.
 from ava_kernels.attention.reference import rope_attention
 from ava_kernels.experts.op import grouped_mm, moe_mlp
 from ava_kernels.rotary.reference import apply_rotary, rope_table
-from ava_kernels.routing.reference import Routing, load_balancing_loss, route, router_z_loss
+from ava_kernels.routing.op import Routing, load_balancing_loss, route, router_z_loss, update_expert_bias
 
 __all__ = [
     "Routing",
@@ -22,4 +23,5 @@ __all__ = [
     "rope_table",
     "route",
     "router_z_loss",
+    "update_expert_bias",
 ]

@@ -49,7 +49,7 @@ def test_route_is_the_plain_algorithm(problem, score, normalize, scale):
     assert routing.requested.tolist() == counts
     assert routing.offsets.tolist() == [sum(counts[:e]) for e in range(experts + 1)]
     dtypes = [t.dtype for t in (routing.expert, routing.requested, routing.offsets, routing.token, routing.slot)]
-    assert dtypes == [torch.int32] * 3 + [torch.int64] * 2
+    assert dtypes == [torch.int32] * 5
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_kernels.experts import reference
-from ava_kernels.routing.reference import Routing
+from ava_kernels.routing.op import Routing
 
 
 def grouped_mm(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:

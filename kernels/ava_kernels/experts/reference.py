@@ -66,7 +66,7 @@ def backward(
     """→ gradients of x, gate_up, down and weight_N."""
     dx_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
     dgate_up_E2IM, ddown_EMI = torch.empty_like(gate_up_E2IM), torch.empty_like(down_EMI)
-    dweight_N = torch.empty_like(weight_N)
+    dweight_N = torch.zeros_like(weight_N)  # zero for dropped pairs, which come last
     idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
     dgate_up_E2IM[idle_E] = 0.0
     ddown_EMI[idle_E] = 0.0

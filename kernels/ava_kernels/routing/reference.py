@@ -1,90 +1,196 @@
-"""Top-k routing of tokens to experts and the losses that keep it balanced, in plain PyTorch."""
+"""Routing in plain PyTorch: the definition that the kernels must equal, and what runs where they cannot.
+
+Scores (float32; float64 for float64 logits): softmax or sigmoid of a token's logits.
+Ranking: by logit, or by score + expert_bias where there is a bias; ties to the lower expert. With groups a token only
+ranks the experts of its `group_top_k` best groups, a group being worth the sum of its two best scores (+ bias)
+(DeepSeek-AI, 2024, "DeepSeek-V3").
+Rounds: a token's K best are its requests, slot 0 the best. A round serves what is pending in order of (slot, token), or
+of falling score, and an expert accepts while it holds fewer than `capacity`. A token's rejected requests move, lower
+slot first, to the candidates it ranks next, and are served in the next round. What is left at the end is dropped.
+Token-level ranking with hard capacity is that of GShard (Lepikhin et al., 2020), which dropped the overflow.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Which experts each token goes to, and the same sorted by expert.
-
-    expert (T, K) int32; weight (T, K) float32, differentiable; probs (T, E) float32, differentiable;
-    requested (E,) int32, how many of the T·K requests name each expert; offsets (E+1,) int32: expert e owns the
-    entries offsets[e] … offsets[e+1]-1 of token (N,) int64 and slot (N,) int64, which are in expert order, then token
-    order.
-    """
+class Outputs(NamedTuple):
+    """What `forward` finds; `ava_kernels.Routing` describes the fields."""
 
     expert: Tensor
     weight: Tensor
     probs: Tensor
+    lse: Tensor
+    mean_prob: Tensor
     requested: Tensor
     offsets: Tensor
     token: Tensor
     slot: Tensor
+    rerouted: Tensor
+    dropped: Tensor
 
 
-def route(
+def forward(
     logits: Tensor,
+    expert_bias: Tensor | None,
     top_k: int,
-    *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
-    normalize: bool = True,
-    scale: float = 1.0,
-) -> Routing:
-    """Sends each token to its top_k best experts; none is full, nothing is dropped.
-
-    logits (T, E), any float dtype, scored in float32 (float64 for float64 input). Ties go to the lower expert.
-    `normalize` makes a token's weights add up to `scale`. Raises ValueError for top_k outside 1 … E.
-    """
-    E = logits.shape[1]
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k is {top_k}; it must lie between 1 and the number of experts ({E})")
+    capacity: int | None,
+    max_reroutes: int,
+    by_probability: bool,
+    sigmoid: bool,
+    normalize: bool,
+    num_groups: int,
+    group_top_k: int,
+    scale: float,
+) -> Outputs:
+    """Reads on the host, once a round, how many requests are still pending."""
+    T, E = logits.shape
     logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    probs_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
-    # Ranked by the logits: scores are monotone in them but can tie where logits do not. A stable sort, as topk
-    # leaves the order of ties open.
-    expert_TK = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weight_TK = probs_TE.gather(1, expert_TK)
-    if normalize:
-        smallest = torch.finfo(weight_TK.dtype).tiny  # sigmoids below exp(-104) are all zero
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(smallest)
-    if scale != 1.0:
-        weight_TK = weight_TK * scale
+    lse_T = logits_TE.logsumexp(-1)
+    valid_T = lse_T.isfinite()  # false where a logit is NaN or +Inf, or all of them are −Inf
+    probs_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+    probs_TE = torch.where(valid_T[:, None], probs_TE, 0.0)
 
-    by_expert_N = expert_TK.flatten().sort(stable=True).indices
-    requested_E = torch.bincount(expert_TK.flatten(), minlength=E)
+    choice_TE = probs_TE if expert_bias is None else probs_TE + expert_bias.to(probs_TE.dtype)
+    choice_TE = choice_TE.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    # By logits where that is the same: scores are monotone in them but can tie where logits do not. A stable sort, as
+    # topk leaves the order of ties open.
+    key_TE = logits_TE if expert_bias is None else choice_TE
+    ranking_TC = key_TE.sort(dim=-1, descending=True, stable=True).indices
+    if num_groups > 1:
+        ranking_TC = _within_groups(ranking_TC, choice_TE, num_groups, group_top_k)
+    first_TK = ranking_TC[:, :top_k].int().masked_fill(~valid_T[:, None], -1)
+    requested_E = torch.bincount(first_TK[valid_T].flatten(), minlength=E)
+    if capacity is None:
+        expert_TK = first_TK
+    else:
+        expert_TK = _serve(first_TK, ranking_TC, probs_TE, by_probability, capacity, max_reroutes)
+
+    kept_TK = expert_TK >= 0
+    held_TK = expert_TK.clamp_min(0).long()
+    score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
+    weight_TK = score_TK * scale
+    if normalize:
+        weight_TK = weight_TK * _inverse_sum(score_TK)
+
+    by_expert_N = torch.where(kept_TK, expert_TK, E).flatten().sort(stable=True).indices
     offsets = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
-    offsets[1:] = requested_E.cumsum(0)
-    return Routing(
-        expert=expert_TK.int(),
+    offsets[1:] = torch.bincount(expert_TK[kept_TK], minlength=E).cumsum(0)
+    return Outputs(
+        expert=expert_TK,
         weight=weight_TK,
         probs=probs_TE,
+        lse=torch.where(valid_T, lse_T, 0.0),
+        mean_prob=probs_TE.sum(0) / max(T, 1),
         requested=requested_E.int(),
         offsets=offsets,
-        token=by_expert_N // top_k,
-        slot=by_expert_N % top_k,
+        token=(by_expert_N // top_k).int(),
+        slot=(by_expert_N % top_k).int(),
+        rerouted=(kept_TK & (expert_TK != first_TK)).sum(),
+        dropped=(~kept_TK).sum(),
     )
 
 
-def load_balancing_loss(routing: Routing) -> Tensor:
-    """E · Σ_e f_e · P_e, 1 when balanced (Switch Transformer, Fedus et al., 2021).
+def backward(
+    logits: Tensor | None,
+    probs_TE: Tensor,
+    lse_T: Tensor,
+    expert_TK: Tensor,
+    dweight_TK: Tensor | None,
+    dprobs_TE: Tensor | None,
+    dlse_T: Tensor | None,
+    dmean_prob_E: Tensor | None,
+    sigmoid: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of the logits, in probs' dtype. `logits` are needed for sigmoid scores with dlse."""
+    d_TE = torch.zeros_like(probs_TE) if dprobs_TE is None else dprobs_TE.clone()
+    if dmean_prob_E is not None:
+        d_TE += dmean_prob_E / max(len(probs_TE), 1)
+    if dweight_TK is not None:
+        kept_TK = expert_TK >= 0
+        held_TK = expert_TK.clamp_min(0).long()
+        dscore_TK = torch.where(kept_TK, dweight_TK * scale, 0.0)
+        if normalize:
+            score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
+            inverse_T1 = _inverse_sum(score_TK)
+            along_T1 = (dscore_TK * score_TK).sum(-1, keepdim=True) * inverse_T1
+            dscore_TK = torch.where(kept_TK, (dscore_TK - along_T1) * inverse_T1, 0.0)
+        d_TE.scatter_add_(1, held_TK, dscore_TK)
+    if sigmoid:
+        dlogits_TE = d_TE * probs_TE * (1.0 - probs_TE)
+        if dlse_T is not None:
+            assert logits is not None
+            valid_T = (logits.to(probs_TE.dtype).logsumexp(-1)).isfinite()
+            softmax_TE = (logits.to(probs_TE.dtype) - lse_T[:, None]).exp()
+            dlogits_TE += torch.where(valid_T[:, None], softmax_TE * dlse_T[:, None], 0.0)
+        return dlogits_TE
+    along_T1 = (d_TE * probs_TE).sum(-1, keepdim=True)
+    if dlse_T is not None:
+        along_T1 -= dlse_T[:, None]
+    return probs_TE * (d_TE - along_T1)
 
-    f_e is the share of requests that name expert e, P_e its mean probability; the gradient flows through P. 0-d.
+
+def _within_groups(ranking_TE: Tensor, choice_TE: Tensor, num_groups: int, group_top_k: int) -> Tensor:
+    """The ranking without the experts of all but each token's `group_top_k` best groups."""
+    T, E = choice_TE.shape
+    size = E // num_groups
+    worth_TG = choice_TE.view(T, num_groups, size).topk(min(2, size), dim=-1).values.sum(-1)
+    best_TG = worth_TG.sort(dim=-1, descending=True, stable=True).indices[:, :group_top_k]
+    barred_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter_(1, best_TG, False)
+    barred_TE = barred_TG.gather(1, ranking_TE // size)
+    barred_last_TE = barred_TE.int().sort(dim=-1, stable=True).indices
+    return ranking_TE.gather(1, barred_last_TE)[:, : group_top_k * size]
+
+
+def _serve(
+    first_TK: Tensor, ranking_TC: Tensor, score_TE: Tensor, by_probability: bool, capacity: int, max_reroutes: int
+) -> Tensor:
+    """Rounds of requests until nothing is pending → the expert that each request is held by, or −1.
+
+    A request's number is slot · T + token: rising numbers are the order of (slot, token).
     """
-    T, E = routing.probs.shape
-    if T == 0:
-        return routing.probs.sum()
-    share_E = routing.requested.to(routing.probs.dtype) / routing.expert.numel()
-    return E * (share_E * routing.probs.mean(0)).sum()
+    (T, K), E = first_TK.shape, score_TE.shape[1]
+    candidates = ranking_TC.shape[1]
+    asked_N = first_TK.T.flatten().long()
+    held_N = torch.full_like(asked_N, -1)
+    pending = (asked_N >= 0).nonzero().flatten()
+    room_E = torch.full((E,), capacity, device=first_TK.device)
+    next_rank_T = torch.full((T,), K, device=first_TK.device)
+    for _ in range(max_reroutes + 1):
+        if not len(pending):
+            break
+        served = pending
+        if by_probability:
+            score = score_TE[pending % T, asked_N[pending]]
+            served = pending[score.sort(descending=True, stable=True).indices]
+        served = served[asked_N[served].sort(stable=True).indices]  # by expert, each in the order of service
+        expert = asked_N[served]
+        count_E = torch.bincount(expert, minlength=E)
+        place = torch.arange(len(served), device=served.device) - (count_E.cumsum(0) - count_E)[expert]
+        accepted = place < room_E[expert]
+        held_N[served[accepted]] = expert[accepted]
+        room_E -= torch.minimum(count_E, room_E)
+
+        rejected = served[~accepted]
+        rejected = rejected[(rejected % T * K + rejected // T).sort().indices]  # by token, lower slots first
+        token = rejected % T
+        count_T = torch.bincount(token, minlength=T)
+        turn = torch.arange(len(rejected), device=rejected.device) - (count_T.cumsum(0) - count_T)[token]
+        rank = next_rank_T[token] + turn
+        next_rank_T += count_T
+        moved = rank < candidates
+        asked_N[rejected[moved]] = ranking_TC[token[moved], rank[moved]]
+        pending = rejected[moved].sort().values
+    return held_N.view(K, T).T.int().contiguous()
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of the router's logits (T, E): keeps them small (ST-MoE, Zoph et al., 2022). 0-d."""
-    if logits.shape[0] == 0:
-        return logits.sum()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
+def _inverse_sum(score_TK: Tensor) -> Tensor:
+    """1 / Σ_k score (T, 1), or 0 where that would overflow: a token whose scores have all run out of digits."""
+    sum_T1 = score_TK.sum(-1, keepdim=True)
+    return torch.where(sum_T1 >= torch.finfo(sum_T1.dtype).tiny, sum_T1.reciprocal(), 0.0)
