@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ava_fast.config import Config, Fault
 
-# Of sections `model` and `moe`: what changes how a model is trained, not what it is.
-TUNABLE = {"jitter", "aux_loss_weight", "z_loss_weight", "initializer_range"}
+# Of sections `model` and `moe`: what changes how a model is trained, not what it is. The last three also say how an
+# evaluation with a capacity overflows, but it is `eval_capacity_factor` that makes it another function.
+TUNABLE = {"jitter", "aux_loss_weight", "z_loss_weight", "initializer_range", "capacity_factor"}
+TUNABLE |= {"overflow", "priority", "max_reroutes"}
 
 
 def conflicts(config: Config) -> list[Fault]:
@@ -30,8 +33,8 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("model.num_kv_heads", model.num_kv_heads, f"a divisor of model.num_heads ({model.num_heads})")
     if model.num_dense_layers > model.num_layers:
         refuse("model.num_dense_layers", model.num_dense_layers, f"at most model.num_layers ({model.num_layers})")
-    if 0 < moe.num_experts < moe.top_k:
-        refuse("moe.top_k", moe.top_k, f"at most moe.num_experts ({moe.num_experts})")
+    if moe.num_experts > 0:
+        _routing_conflicts(config, refuse)
     if moe.shared_expert_gate and not moe.shared_experts:
         refuse("moe.shared_expert_gate", "true", "false, or set moe.shared_experts")
     if training.warmup_steps is not None and training.warmup_steps > training.max_steps:
@@ -39,6 +42,27 @@ def conflicts(config: Config) -> list[Fault]:
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
     return faults
+
+
+def _routing_conflicts(config: Config, refuse: Callable[[str, object, str], None]) -> None:
+    moe = config.moe
+    groups, group_top_k = moe.num_groups, moe.group_top_k
+    if moe.top_k > moe.num_experts:
+        refuse("moe.top_k", moe.top_k, f"at most moe.num_experts ({moe.num_experts})")
+    if moe.max_reroutes and moe.overflow == "drop":
+        refuse("moe.max_reroutes", moe.max_reroutes, "null, or set moe.overflow to next_best")
+    if groups is None and group_top_k is None:
+        return
+    if groups is None or group_top_k is None:
+        missing, given = ("num_groups", "group_top_k") if groups is None else ("group_top_k", "num_groups")
+        refuse(f"moe.{missing}", "null", f"an integer, as moe.{given} is one")
+    elif moe.num_experts % groups:
+        refuse("moe.num_groups", groups, f"a divisor of moe.num_experts ({moe.num_experts})")
+    elif group_top_k > groups:
+        refuse("moe.group_top_k", group_top_k, f"at most moe.num_groups ({groups})")
+    elif group_top_k * (moe.num_experts // groups) < moe.top_k <= moe.num_experts:
+        experts = moe.num_experts // groups
+        refuse("moe.group_top_k", group_top_k, f"enough groups of {experts} experts for moe.top_k ({moe.top_k})")
 
 
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
@@ -64,7 +88,12 @@ def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:
 
 def _identity(config: Config) -> dict[str, Any]:
     """`section.key` → what tells one model from another, with defaults that follow from other keys filled in."""
-    resolved = {"model.head_dim": config.head_dim, "model.num_kv_heads": config.num_kv_heads}
+    resolved = {
+        "model.head_dim": config.head_dim,
+        "model.num_kv_heads": config.num_kv_heads,
+        # The rate may change; that there is a bias may not.
+        "moe.expert_bias_rate": "above 0" if config.moe.expert_bias_rate else "0",
+    }
     keys = {
         f"{section}.{key}": value
         for section, values in config.model_dump(include={"model", "moe"}).items()

@@ -77,9 +77,9 @@ class ModelConfig(Section):
 class MoeConfig(Section):
     """Router and experts, the same in every mixture-of-experts block."""
 
-    num_experts: Count = 8
+    num_experts: Annotated[int, Field(ge=0, le=1024)] = 8
     """Routed experts per block (E). 0: every block is dense."""
-    top_k: Positive = 2
+    top_k: Annotated[int, Field(ge=1, le=32)] = 2
     """Experts that each token is sent to (K)."""
     intermediate_size: Positive = 192
     """Width of one expert's SwiGLU (I)."""
@@ -87,14 +87,40 @@ class MoeConfig(Section):
     """Experts that see every token; they act as one MLP of width `shared_experts · intermediate_size`."""
     shared_expert_gate: bool = False
     """Scale the shared experts' output by a learned sigmoid gate per token (Qwen2-MoE)."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What turns the router's logits into scores: softmax over the experts, or a sigmoid for each (DeepSeek-V3)."""
     normalize: bool = True
     """Renormalise the chosen experts' weights so that they add up to 1."""
+    scale: PositiveFloat = 1.0
+    """Multiplies the routed experts' weights (DeepSeek-V3's `routed_scaling_factor`)."""
+    num_groups: Positive | None = None
+    """Equal groups of neighbouring experts; with `group_top_k`, a token only asks experts of its best groups. None: no
+    groups."""
+    group_top_k: Positive | None = None
+    """Groups that a token may ask; a group is as good as the sum of its two best scores."""
+    capacity_factor: PositiveFloat | None = None
+    """In training, an expert accepts at most ceil(factor · T · K / E) requests of the T tokens of a micro-batch on one
+    rank, so what overflows depends on both. None: no limit, no token is dropped."""
+    eval_capacity_factor: PositiveFloat | None = None
+    """The same in evaluation and generation. None: no limit, whatever `capacity_factor` is: a held-out loss must not
+    depend on how sequences share batches."""
+    overflow: Literal["next_best", "drop"] = "next_best"
+    """What a full expert rejects asks the token's next-best expert, or is dropped."""
+    priority: Literal["choice", "probability"] = "choice"
+    """Whom a full expert has accepted: first choices before second ones, in the order of tokens, or the highest
+    scores."""
+    max_reroutes: Count | None = None
+    """Times that a rejected request may ask on, with `overflow: next_best`. None: until its candidates run out."""
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """In training, multiply the router's input by uniform noise in [1 − jitter, 1 + jitter] (Switch Transformer)."""
     aux_loss_weight: NonNegative = 0.01
     """Weight of the load-balancing loss."""
     z_loss_weight: NonNegative = 0.001
     """Weight of the router z-loss (ST-MoE), which keeps router logits small."""
+    expert_bias_rate: NonNegative = 0.0
+    """Balancing without a loss (Wang et al., 2024): every step moves a bias on each expert's score by this much, up
+    where it had fewer requests than the mean, down where more. It takes part in the choice of experts alone, not in
+    their weights. 0: there is no bias."""
 
 
 class DataConfig(Section):

@@ -7,6 +7,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ava_fast.compatibility import model_differences
 from ava_fast.config import Config, ConfigError, dump_config, load_config, reference
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,16 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         ("logging.experiment_name=../x", "text matching"),
         ("data.validation_fraction=1", "number > 0.0 and < 1.0"),
         ("training.adam_beta1=1", "number ≥ 0.0 and < 1.0"),
+        ("moe.num_experts=1025", "integer ≥ 0 and ≤ 1024"),
+        ("moe.top_k=33", "integer ≥ 1 and ≤ 32"),
+        ("moe.capacity_factor=0", "number > 0.0 or null"),
+        ("moe.eval_capacity_factor=.inf", "number > 0.0 or null"),
+        ("moe.overflow=nextbest", "one of next_best, drop"),
+        ("moe.priority=order", "one of choice, probability"),
+        ("moe.score=tanh", "one of softmax, sigmoid"),
+        ("moe.max_reroutes=-1", "integer ≥ 0 or null"),
+        ("moe.expert_bias_rate=-0.1", "number ≥ 0.0"),
+        ("moe.scale=0", "number > 0.0"),
         ("data.data_dir=2026-01-32", None),  # not a date: text, and allowed
     ],
 )
@@ -106,6 +117,13 @@ def test_values_are_strict(override: str, allowed: str | None) -> None:
         (["model.num_dense_layers=4"], "model.num_dense_layers"),
         (["moe.top_k=9"], "moe.top_k"),
         (["moe.shared_expert_gate=true"], "moe.shared_expert_gate"),
+        (["moe.num_groups=4"], "moe.group_top_k"),
+        (["moe.group_top_k=2"], "moe.num_groups"),
+        (["moe.num_groups=3", "moe.group_top_k=2"], "moe.num_groups"),
+        (["moe.num_groups=4", "moe.group_top_k=5"], "moe.group_top_k"),
+        (["moe.num_groups=4", "moe.group_top_k=1", "moe.top_k=3"], "moe.group_top_k"),
+        (["moe.num_groups=4", "moe.group_top_k=1", "moe.top_k=9"], "moe.top_k"),
+        (["moe.overflow=drop", "moe.max_reroutes=1"], "moe.max_reroutes"),
         (["training.warmup_steps=1001"], "training.warmup_steps"),
         (["training.lr_end=1"], "training.lr_end"),
     ],
@@ -113,6 +131,39 @@ def test_values_are_strict(override: str, allowed: str | None) -> None:
 def test_impossible_combinations_are_refused(overrides: list[str], key: str) -> None:
     (fault,) = refused(None, *overrides)
     assert fault.startswith(f"{key}: does not go with")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe.num_groups=4", "moe.group_top_k=1", "moe.top_k=2"],
+        ["moe.num_groups=1", "moe.group_top_k=1"],
+        ["moe.overflow=drop", "moe.max_reroutes=0"],
+        ["moe.overflow=drop", "moe.priority=probability"],  # of no consequence without a capacity
+        ["moe.num_experts=0", "moe.top_k=9", "moe.num_groups=3", "moe.capacity_factor=1"],  # nor these without experts
+    ],
+)
+def test_possible_combinations_are_accepted(overrides: list[str]) -> None:
+    load_config(None, overrides)
+
+
+def test_a_model_is_told_apart_by_what_it_computes_not_by_how_it_is_trained() -> None:
+    base = ["moe.expert_bias_rate=0.001"]
+    saved = load_config(None, base).model_dump()
+
+    def differences(*overrides: str) -> list[str]:
+        return model_differences(load_config(None, [*base, *overrides]), saved)
+
+    tuned = ["capacity_factor=1.25", "overflow=drop", "priority=probability", "expert_bias_rate=0.1", "jitter=0.1"]
+    assert differences(*(f"moe.{setting}" for setting in tuned)) == []
+    assert differences("moe.expert_bias_rate=0") == ["moe.expert_bias_rate is 0, there it is above 0"]
+    for setting in ("score=sigmoid", "scale=2.0", "normalize=false", "eval_capacity_factor=2.0", "top_k=1"):
+        (difference,) = differences(f"moe.{setting}")
+        assert difference.startswith(f"moe.{setting.split('=')[0]} is ")
+    assert len(differences("moe.num_groups=4", "moe.group_top_k=2")) == 2
+    for section in ("model", "moe"):  # a checkpoint that is older than a setting has its default
+        saved[section] = {"num_layers": 3} if section == "model" else {}
+    assert model_differences(load_config(None), saved) == []
 
 
 def test_a_combination_is_reported_beside_an_unknown_key() -> None:

@@ -74,14 +74,20 @@ def parts(name: str, ours: Tensor, config: Config, architecture: str, fused: boo
 
 
 def obstacles(config: Config, architecture: str) -> list[str]:
-    """The settings that an architecture would need to be different. Jitter only acts in training: it is none."""
+    """The settings that an architecture would need to be different. What only acts in training is none: jitter, and
+    the capacity there."""
     model, moe = config.model, config.moe
     mixtral, qwen2 = architecture == "mixtral", architecture == "qwen2_moe"
     needs = {
         "moe.num_experts above 0": moe.num_experts > 0,
         "model.norm: rmsnorm": model.norm == "rmsnorm",
         "model.num_dense_layers: 0": model.num_dense_layers == 0 or not mixtral,
+        "moe.score: softmax": moe.score == "softmax",
         "moe.normalize: true": moe.normalize or not mixtral,
+        "moe.scale: 1": moe.scale == 1.0,
+        "moe.num_groups: null": moe.num_groups == moe.group_top_k,
+        "moe.eval_capacity_factor: null": moe.eval_capacity_factor is None,
+        "moe.expert_bias_rate: 0": moe.expert_bias_rate == 0.0,
         f"model.qk_norm: {str(architecture == 'qwen3_moe').lower()}": model.qk_norm == (architecture == "qwen3_moe"),
         "model.attention_bias: false": qwen2 or not model.attention_bias,
         "moe.shared_experts: 0": qwen2 or not moe.shared_experts,

@@ -20,16 +20,21 @@ from torch.utils.checkpoint import checkpoint
 from ava_fast.config import Config
 from ava_fast.model.attention import Attention, KeyValues
 from ava_fast.model.head import Head
-from ava_fast.model.moe import DenseMlp, MoeBlock
+from ava_fast.model.moe import DenseMlp, MoeBlock, Routed
 
 
 class Output(NamedTuple):
-    """Losses are 0-d float32, in nats per token; the last two are means over the mixture-of-experts blocks."""
+    """Losses are 0-d float32, in nats per token; the router's two are means over the mixture-of-experts blocks.
+
+    `routing` and `requested` say more about each of these L blocks; they may be added over micro-batches and ranks.
+    """
 
     objective: Tensor  # what training minimises: loss + weighted balance and z-losses
     loss: Tensor  # cross-entropy of the next token
     balance_loss: Tensor
     z_loss: Tensor
+    routing: Tensor  # (4, L) float32: balance loss, entropy, rerouted and dropped share, as in `Routed`
+    requested: Tensor  # (L, E) int32: requests that named each expert, before capacity
 
 
 class Transformer(nn.Module):
@@ -52,23 +57,25 @@ class Transformer(nn.Module):
         """tokens, labels int64; a label of −100 is not scored."""
         x_BSM = self.embed(tokens_BS)
         cos, sin = self._rope_rows(0, tokens_BS.shape[1], x_BSM.device)
-        balance_losses, z_losses = [], []
+        routed: list[Routed] = []
         recompute = self.config.memory.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                x_BSM, balance, z = checkpoint(_without_cache, block, x_BSM, cos, sin, use_reentrant=False)
+                # What the recomputation returns goes nowhere: requests are counted once.
+                x_BSM, block_routed = checkpoint(_without_cache, block, x_BSM, cos, sin, use_reentrant=False)
             else:
-                x_BSM, balance, z = _without_cache(block, x_BSM, cos, sin)
-            if balance is not None:
-                balance_losses.append(balance)
-                z_losses.append(z)
+                x_BSM, block_routed = _without_cache(block, x_BSM, cos, sin)
+            if block_routed is not None:
+                routed.append(block_routed)
         loss = self.head(self.norm(x_BSM), labels_BS)
-        zero = loss.new_zeros(())
-        balance_loss = torch.stack(balance_losses).mean() if balance_losses else zero
-        z_loss = torch.stack(z_losses).mean() if z_losses else zero
-        moe = self.config.moe
+        if not routed:
+            nothing = loss.new_zeros(())
+            return Output(loss, loss.detach(), nothing, nothing, loss.new_zeros(4, 0), loss.new_zeros(0, 1).int())
+        balance_L, z_L, entropy_L, rerouted_L, dropped_L, requested_LE = map(torch.stack, zip(*routed, strict=True))
+        balance_loss, z_loss, moe = balance_L.mean(), z_L.mean(), self.config.moe
         objective = loss + moe.aux_loss_weight * balance_loss + moe.z_loss_weight * z_loss
-        return Output(objective, loss.detach(), balance_loss.detach(), z_loss.detach())
+        routing_4L = torch.stack((balance_L.detach(), entropy_L, rerouted_L, dropped_L))
+        return Output(objective, loss.detach(), balance_loss.detach(), z_loss.detach(), routing_4L, requested_LE)
 
     def logits(self, tokens_BS: Tensor, past: list[KeyValues] | None = None) -> tuple[Tensor, list[KeyValues]]:
         """→ logits (B, S, V) and every block's keys and values so far: the next call's `past`, with the next tokens."""
@@ -81,7 +88,7 @@ class Transformer(nn.Module):
             past = [(nothing, nothing)] * len(self.blocks)
         present = []
         for block, block_past in zip(self.blocks, past, strict=True):
-            x_BSM, _, _, key_values = block(x_BSM, cos, sin, block_past)
+            x_BSM, _, key_values = block(x_BSM, cos, sin, block_past)
             present.append(key_values)
         return self.head(self.norm(x_BSM)), present
 
@@ -120,21 +127,19 @@ class Block(nn.Module):
 
     def forward(
         self, x_BSM: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, KeyValues]:
-        """→ x (B, S, M), load-balancing loss and z-loss (None in a dense block), keys and values."""
+    ) -> tuple[Tensor, Routed | None, KeyValues]:
+        """→ x (B, S, M), what there is to say of the routing (None in a dense block), keys and values."""
         attended_BSM, present = self.attention(self.attention_norm(x_BSM), cos, sin, past)
         x_BSM = x_BSM + attended_BSM
         if isinstance(self.mlp, MoeBlock):
-            mlp_BSM, balance_loss, z_loss = self.mlp(self.mlp_norm(x_BSM))
-            return x_BSM + mlp_BSM, balance_loss, z_loss, present
-        return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, None, present
+            mlp_BSM, routed = self.mlp(self.mlp_norm(x_BSM))
+            return x_BSM + mlp_BSM, routed, present
+        return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, present
 
 
-def _without_cache(
-    block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    x_BSM, balance_loss, z_loss, _ = block(x_BSM, cos, sin)
-    return x_BSM, balance_loss, z_loss
+def _without_cache(block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routed | None]:
+    x_BSM, routed, _ = block(x_BSM, cos, sin)
+    return x_BSM, routed
 
 
 def _norm(config: Config) -> nn.Module:

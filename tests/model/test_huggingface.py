@@ -229,6 +229,13 @@ def small_config(**sections):
         ("qwen3_moe", {"attention_bias": True}, {}, ["model.qk_norm: true", "model.attention_bias: false"]),
         ("qwen2_moe", {"qk_norm": True}, {}, ["model.qk_norm: false", "moe.shared_experts above 0"]),
         ("qwen2_moe", {}, {"shared_experts": 2}, ["moe.shared_expert_gate: true"]),
+        (
+            "mixtral",
+            {},
+            {"score": "sigmoid", "scale": 2.0, "expert_bias_rate": 0.1, "eval_capacity_factor": 1.0},
+            ["moe.score: softmax", "moe.scale: 1", "moe.expert_bias_rate: 0", "moe.eval_capacity_factor: null"],
+        ),
+        ("qwen3_moe", {"qk_norm": True}, {"num_groups": 3, "group_top_k": 2}, ["moe.num_groups: null"]),
         (None, {"norm": "layernorm"}, {}, ["mixtral needs", "qwen3_moe needs", "qwen2_moe needs"]),
     ],
 )
@@ -243,7 +250,7 @@ def test_export_names_every_setting_that_cannot_be_expressed(tmp_path, architect
 @pytest.mark.parametrize(
     ("model", "moe", "expected"),
     [
-        ({}, {"jitter": 0.1}, "mixtral"),
+        ({}, {"jitter": 0.1, "capacity_factor": 1.0, "num_groups": 3, "group_top_k": 3}, "mixtral"),
         ({"qk_norm": True, "num_dense_layers": 1}, {"normalize": False}, "qwen3_moe"),
         ({"attention_bias": True}, {"shared_experts": 2, "shared_expert_gate": True}, "qwen2_moe"),
     ],
@@ -281,6 +288,16 @@ def test_nothing_half_written_and_nothing_overwritten(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         export(weights, config, tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_own_format_keeps_the_expert_bias(tmp_path):
+    config = small_config(moe={"expert_bias_rate": 0.1, "score": "sigmoid", "num_groups": 3, "group_top_k": 2})
+    model = Transformer(config)
+    model.blocks[1].mlp.expert_bias.normal_()
+    write_model(model.state_dict(), config.model_dump(include={"model", "moe"}), tmp_path / "own")
+    weights, sections = read_model(tmp_path / "own")
+    assert torch.equal(weights["blocks.1.mlp.expert_bias"], model.blocks[1].mlp.expert_bias)
+    assert Config.model_validate(sections) == config
 
 
 def test_own_format_that_does_not_fit_together_is_refused(tmp_path):

@@ -36,6 +36,8 @@ def make(model=None, moe=None, checkpointing=False, max_length=32, seed=0):
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for expert_bias in built.buffers():
+            expert_bias.normal_(0.0, 0.1)
     return built
 
 
@@ -51,6 +53,7 @@ OPTIONS = {
         {"shared_experts": 2, "shared_expert_gate": True, "normalize": False},
     ),
     "layernorm": ({"norm": "layernorm"}, {"shared_experts": 1}),
+    "groups": ({}, {"num_experts": 6, "score": "sigmoid", "num_groups": 3, "group_top_k": 2, "expert_bias_rate": 0.1}),
     "dense": ({}, {"num_experts": 0}),
 }
 
@@ -97,10 +100,13 @@ def losses_and_gradients(model, seed=5):
     return [*output, *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+CAPACITY = ({}, {"capacity_factor": 0.8, "priority": "probability", "max_reroutes": 1})  # not causal
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), CAPACITY], ids=[*OPTIONS, "capacity"])
 @pytest.mark.parametrize("jitter", [0.0, 0.2])
-def test_activation_checkpointing_changes_no_bit(options, jitter):
-    model, experts = OPTIONS[options]
+def test_activation_checkpointing_changes_no_bit_and_counts_requests_once(options, jitter):
+    model, experts = options
     kept, recomputed = (make(model, experts | {"jitter": jitter}, checkpointing) for checkpointing in (False, True))
     assert_same_bits(losses_and_gradients(kept), losses_and_gradients(recomputed))
 
@@ -173,7 +179,7 @@ def test_router_works_in_float32_inside_a_bf16_model(monkeypatch):
     seen = Seen(monkeypatch)
     model = make().to(torch.bfloat16)
     output = model(*batch())
-    assert [t.dtype for t in output] == [torch.float32] * 4
+    assert [t.dtype for t in output] == [torch.float32] * 5 + [torch.int32]
     assert all(logits.dtype == torch.float32 for logits in seen.logits)
     assert all(routing.weight.dtype == torch.float32 for routing in seen.routings)
     x, router = seen.expert_inputs[0], model.blocks[0].mlp.router
@@ -212,8 +218,8 @@ def test_objective_adds_the_weighted_router_losses(monkeypatch):
 def test_router_losses_reach_the_router_and_nothing_else_of_the_block():
     model = make()
     block = model.blocks[0].mlp
-    _, balance, z = block(torch.randn(2, 5, 24))
-    (balance + z).backward()
+    _, routed = block(torch.randn(2, 5, 24))
+    (routed.balance_loss + routed.z_loss).backward()
     assert block.router.grad.any()
     assert block.gate_up.grad is None
     assert block.down.grad is None
@@ -234,6 +240,7 @@ def test_no_experts_make_a_dense_model():
     assert all(isinstance(block.mlp, DenseMlp) for block in model.blocks)
     output = model(*batch())
     assert output.balance_loss == output.z_loss == 0
+    assert output.routing.numel() == output.requested.numel() == 0
     assert output.objective == output.loss
     output.objective.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -254,7 +261,7 @@ def test_shared_experts_see_every_token(monkeypatch, gated):
     block = model.blocks[0].mlp
     assert block.shared.down.weight.shape == (24, 20)
     x = torch.randn(2, 5, 24)
-    out, _, _ = block(x)
+    out, _ = block(x)
     routed = moe.moe_mlp(x.flatten(0, 1), block.gate_up, block.down, seen.routings[0])
     shared = block.shared(x.flatten(0, 1))
     if gated:
