@@ -25,7 +25,8 @@ from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.engine import Engine
 from ava_fast.errors import Interrupted, TrainingError, UserError
 from ava_fast.evaluate.heldout import heldout_loss
-from ava_fast.model.transformer import Transformer
+from ava_fast.model.moe import update_expert_biases
+from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
@@ -101,21 +102,21 @@ class Trainer:
         training, engine = self.config.training, self.engine
         started_at = time.perf_counter()
         lr = learning_rate(self.step, training)
-        losses_4 = torch.zeros(4, dtype=torch.float64)  # cross-entropy, balance, z, signal
+        seen = []
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
             tokens_BS, labels_BS = (t.to(engine.device, non_blocking=True) for t in self.loader.next_batch())
             output = engine(tokens_BS, labels_BS)
             engine.backward(output.objective / training.gradient_accumulation_steps)
-            losses_4[:3] += torch.stack((output.loss, output.balance_loss, output.z_loss)).double().cpu()
-        losses_4 /= training.gradient_accumulation_steps
-        losses_4[3] = self._stop_signal
-        loss, balance_loss, z_loss, interrupted = self._mean_over_ranks(losses_4)
+            seen.append(_figures(output))
+        totals = self._over_ranks(torch.stack(seen).sum(0), output.requested.shape)
+        (loss, balance_loss, z_loss), routing, requested_LE, interrupted = totals
         if not math.isfinite(loss):
             raise self._stopped(f"the loss is {loss}")
         result = engine.step(lr)
         if not result.applied:
             raise self._stopped(f"the gradient norm is {result.grad_norm}")
+        update_expert_biases(engine.model, requested_LE)
         self.step += 1
         seconds = time.perf_counter() - started_at
         tokens_per_step = training.batch_size * self.config.data.max_length * training.gradient_accumulation_steps
@@ -126,6 +127,7 @@ class Trainer:
             "loss": loss,
             "balance_loss": balance_loss,
             "z_loss": z_loss,
+            **({"routing": routing} if len(requested_LE) else {}),
             "learning_rate": lr,
             "grad_norm": result.grad_norm,
             "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
@@ -202,15 +204,27 @@ class Trainer:
         if manifest["heldout_loss"] is not None:
             self.heldout = manifest["heldout_loss"]
 
-    def _mean_over_ranks(self, losses_4: torch.Tensor) -> tuple[float, float, float, int]:
-        signal_number = losses_4[3:].clone()
-        shared = losses_4.to(self.engine.device)
+    def _over_ranks(
+        self, figures: torch.Tensor, shape: torch.Size
+    ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, int]:
+        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
+        over micro-batches and ranks, the requests (L, E) of all of them, and the signal that asks to stop (or 0).
+
+        One all-reduce, and the only wait for the device in a step.
+        """
+        signal_number, (L, E) = self._stop_signal, shape
+        shared = torch.cat((figures, figures.new_full((1,), signal_number)))
         dist.all_reduce(shared)
-        loss, balance_loss, z_loss, signals = shared.tolist()
+        sums, requested, signals_1 = shared.split((3 + 4 * L, L * E, 1))
+        requested_LE = requested.view(L, E)
+        utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
+        passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
+        *means, signals = torch.cat((sums / passes, utilisation_L, signals_1)).tolist()
+        names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
+        by_block = (means[3 + i * L : 3 + (i + 1) * L] for i in range(len(names)))
+        routing = {name: [round(value, 6) for value in values] for name, values in zip(names, by_block, strict=True)}
         # Any rank's signal stops all of them after the same step.
-        interrupted = int(signal_number) or (signal.SIGTERM if signals else 0)
-        world = self.engine.world_size
-        return loss / world, balance_loss / world, z_loss / world, interrupted
+        return means[:3], routing, requested_LE, signal_number or (signal.SIGTERM if signals else 0)
 
     def _failed_anywhere(self, error: str | None) -> str | None:
         """This rank's error, or another's, on every rank."""
@@ -267,6 +281,12 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _figures(output: Output) -> torch.Tensor:
+    """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
+    losses_3 = torch.stack((output.loss, output.balance_loss, output.z_loss))
+    return torch.cat((losses_3, output.routing.flatten(), output.requested.flatten().double()))
 
 
 def _generator_states() -> dict[str, Any]:

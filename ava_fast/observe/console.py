@@ -23,14 +23,21 @@ def duration(seconds: float) -> str:
 
 
 def step_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
-    """`step 120/1000 | loss 3.2101 | lr 4.00e-03 | norm 0.41 | 11,800 tok/s | MFU 41.2 % | ETA 1:15`."""
+    """`step 120/1000 | loss 3.2101 | lr 4.00e-03 | norm 0.41 | reroute 4.1 % | 11,800 tok/s | MFU 41.2 % | ETA 1:15`.
+
+    What overflowed, as a mean over blocks, is only there where something did.
+    """
     parts = [
         f"step {record['step']}/{max_steps}",
         f"loss {record['loss']:.4f}",
         f"lr {record['learning_rate']:.2e}",
         f"norm {record['grad_norm']:.2f}",
-        f"{record['tokens_per_second']:,.0f} tok/s",
     ]
+    for word, key in (("reroute", "rerouted"), ("drop", "dropped")):
+        shares = record.get("routing", {}).get(key)
+        if shares and any(shares):
+            parts.append(f"{word} {100 * sum(shares) / len(shares):.1f} %")
+    parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     if record["mfu"] is not None:
         parts.append(f"MFU {100 * record['mfu']:.1f} %")
     parts.append(f"ETA {duration(eta)}")

@@ -1,4 +1,4 @@
-"""report.md and loss.png: what a run did, for someone who was not watching."""
+"""report.md, loss.png and routing.png: what a run did, for someone who was not watching."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from ava_fast.observe.run import read_metrics
 
 
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Writes `report.md` and `loss.png` into the run's folder from its metrics.jsonl; returns the report's path."""
+    """Writes `report.md`, `loss.png` and, where there are mixture-of-experts blocks, `routing.png` into the run's folder
+    from its metrics.jsonl; returns the report's path."""
     records = read_metrics(folder / "metrics.jsonl")
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if steps:
         _plot(folder / "loss.png", steps, evaluations, summary)
+    routed = [step for step in steps if "routing" in step]
+    if routed:
+        _plot_routing(folder / "routing.png", routed, config.model.num_dense_layers)
     report = folder / "report.md"
     report.write_text(_markdown(folder, config, steps, evaluations, summary), encoding="utf-8")
     return report
@@ -36,6 +40,8 @@ def _markdown(
     lines += ["| | |", "|---|---|"]
     for name, value in _rows(steps, evaluations, summary):
         lines.append(f"| {name} | {value} |")
+    if steps and "routing" in steps[-1]:
+        lines += ["", "## Routing", "", "![Utilisation, entropy and overflow of each block by step](routing.png)"]
     if evaluations:
         lines += ["", "## Held-out loss", "", "| step | nats per token | perplexity |", "|---|---|---|"]
         lines += [f"| {e['step']} | {e['loss']:.4f} | {_perplexity(e['loss'])} |" for e in evaluations]
@@ -105,6 +111,41 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, A
     norm.set_xlabel("step")
     for axis in (loss, rate, norm):
         axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_routing(path: Path, steps: list[dict[str, Any]], first_block: int) -> None:
+    from matplotlib import pyplot
+
+    panels = {
+        "utilisation": "utilisation: mean load\n÷ busiest expert's",
+        "entropy": "entropy of the scores\n÷ that of even ones",
+    }
+    for name in ("rerouted", "dropped"):  # all 0 without a capacity
+        if any(any(step["routing"][name]) for step in steps):
+            panels[name] = f"{name} share\nof requests"
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 2.2 * len(panels) + 0.4), sharex=True, layout="constrained"
+    )
+    x = [step["step"] for step in steps]
+    blocks = len(steps[0]["routing"]["utilisation"])
+    colours = pyplot.get_cmap("viridis")
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        for block in range(blocks):
+            values = _smooth([step["routing"][name][block] for step in steps])
+            named = blocks <= 6 or block in (0, blocks - 1)
+            axis.plot(
+                x,
+                values,
+                color=colours(0.9 * block / max(1, blocks - 1)),
+                linewidth=1.2,
+                label=f"block {first_block + block}" if named else None,
+            )
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    axes[-1].set_xlabel("step (smoothed)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -5,7 +5,7 @@ outputs/runs/run_20260131_120000_name/
     metrics.jsonl    one record per step, one per evaluation
     logs/            training.log, evaluation.log, errors.log, debug.log
     checkpoints/     step_N/, latest
-    report.md        loss.png
+    report.md        loss.png, routing.png
 """
 
 from __future__ import annotations

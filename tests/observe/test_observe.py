@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
 from ava_fast.config import load_config
@@ -49,6 +50,12 @@ def test_the_step_line_says_what_a_person_asks() -> None:
     line = step_line(record, 10, 75.0)
     assert line == "step 5/10 | loss 3.2100 | lr 4.00e-03 | norm 0.41 | 10,000 tok/s | ETA 1:15"
     assert "MFU 41.2 %" in step_line({**record, "mfu": 0.412}, 10, 75.0)
+    routing = {"rerouted": [0.0, 0.1, 0.023], "dropped": [0.0, 0.0, 0.0], "utilisation": [0.5, 0.5, 0.5]}
+    line = step_line({**record, "routing": routing}, 10, 75.0)
+    assert line == "step 5/10 | loss 3.2100 | lr 4.00e-03 | norm 0.41 | reroute 4.1 % | 10,000 tok/s | ETA 1:15"
+    assert " | drop 0.3 % | " in step_line({**record, "routing": {**routing, "dropped": [0.009, 0, 0]}}, 10, 75.0)
+    dropless = {**routing, "rerouted": [0.0, 0.0, 0.0]}
+    assert step_line({**record, "routing": dropless}, 10, 75.0) == step_line(record, 10, 75.0)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,34 @@ def test_the_report_tells_what_metrics_hold(tmp_path: Path) -> None:
     assert "| bigram baseline | 3.2500 nats per token on the same tokens |" in text
     assert "abcdef" in text
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "routing.png" not in text
+    assert not (tmp_path / "routing.png").exists()
+
+
+@pytest.mark.parametrize(("rerouted", "panels"), [(0.0, 2), (0.25, 3)])
+def test_the_report_shows_how_each_block_routed(
+    rerouted: float, panels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    for step in (1, 2, 3):
+        routing = {"utilisation": [0.5, 0.25 * step], "entropy": [1.0, 0.9], "rerouted": [rerouted, 0.0]}
+        loss = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.5, "tokens": 64 * step}
+        steps.append({"kind": "step", "step": step, **loss, "routing": {**routing, "dropped": [0.0, 0.0]}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    config = load_config(None, ["model.num_dense_layers=1"])
+    text = write_report(tmp_path, config, {"status": "finished", "parameters": 1}).read_text()
+    assert "](routing.png)" in text
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    axes = figures[-1].axes
+    assert len(axes) == panels
+    assert [line.get_label() for line in axes[0].get_lines()] == ["block 1", "block 2"]
+    assert [list(line.get_xdata()) for line in axes[0].get_lines()] == [[1, 2, 3]] * 2
+    first, second = (line.get_ydata() for line in axes[0].get_lines())
+    assert list(first) == pytest.approx([0.5] * 3)
+    assert second[0] == pytest.approx(0.25)
+    assert second[0] < second[1] < second[2] < 0.75
 
 
 def test_a_run_stopped_before_its_first_step_has_a_report(tmp_path: Path) -> None:
