@@ -7,6 +7,7 @@ launch the kernels of `kernels.py`, elsewhere they run `reference.py`, which is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -188,6 +189,14 @@ def _check(
         )
 
 
+def _implementation(tensor: Tensor) -> ModuleType:
+    if runs_on_triton(tensor):
+        from ava_kernels.routing import kernels  # triton is not installed everywhere
+
+        return kernels
+    return reference
+
+
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -205,13 +214,19 @@ def _route(
     group_top_k: int,
     scale: float,
 ) -> _Outputs:
-    arguments = (logits, expert_bias, top_k, capacity, max_reroutes, by_probability)
-    arguments += (sigmoid, normalize, num_groups, group_top_k, scale)
-    if runs_on_triton(logits):
-        from ava_kernels.routing import kernels
-
-        return kernels.forward(*arguments)
-    return reference.forward(*arguments)
+    return _implementation(logits).forward(
+        logits,
+        expert_bias,
+        top_k,
+        capacity,
+        max_reroutes,
+        by_probability,
+        sigmoid,
+        normalize,
+        num_groups,
+        group_top_k,
+        scale,
+    )
 
 
 @_route.register_fake
@@ -263,12 +278,9 @@ def _route_backward(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    arguments = (logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale)
-    if runs_on_triton(probs):
-        from ava_kernels.routing import kernels
-
-        return kernels.backward(*arguments)
-    return reference.backward(*arguments)
+    return _implementation(probs).backward(
+        logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
+    )
 
 
 @_route_backward.register_fake

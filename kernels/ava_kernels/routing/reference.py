@@ -49,7 +49,7 @@ def forward(
 ) -> Outputs:
     """Reads on the host, once a round, how many requests are still pending."""
     T, E = logits.shape
-    logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     lse_T = logits_TE.logsumexp(-1)
     valid_T = lse_T.isfinite()  # false where a logit is NaN or +Inf, or all of them are −Inf
     probs_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)

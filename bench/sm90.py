@@ -1,0 +1,151 @@
+"""Compiles our Triton kernels for an H200 on a machine without one, and shows what the compiler made of them.
+
+    python -m bench.sm90 [--json FILE]
+
+The public operations run on meta tensors at the shapes that the benchmarks time; each kernel launch is caught and
+compiled for sm_90 instead, specialised as Triton would for these arguments. Reported per launch: registers a thread,
+bytes of stack and spills a thread, bytes of shared memory a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import torch
+import triton
+from ava_kernels.routing import kernels as routing
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+
+
+def route(T: int, E: int, K: int, **options: Any) -> Callable[[], None]:
+    """A forward and backward pass of routing; `options` are those of the kernels' `forward`."""
+    defaults = {
+        "expert_bias": None,
+        "capacity": None,
+        "max_reroutes": 0,
+        "by_probability": False,
+        "sigmoid": False,
+        "normalize": True,
+        "num_groups": 1,
+        "group_top_k": 1,
+        "scale": 1.0,
+    }
+
+    def run() -> None:
+        logits = torch.empty(T, E, device="meta")
+        found = routing.forward(logits, top_k=K, **{**defaults, **options})
+        dweight, dlse, dmean_prob = (torch.empty_like(t) for t in (found.weight, found.lse, found.mean_prob))
+        sigmoid = options.get("sigmoid", False)
+        routing.backward(
+            logits, found.probs, found.lse, found.expert, dweight, None, dlse, dmean_prob, sigmoid, True, 1.0
+        )
+
+    return run
+
+
+CASES = {
+    **{f"route {E}/8": route(32768, E, 8) for E in (64, 128, 256)},
+    **{f"route {E}/8, capacity": route(32768, E, 8, capacity=32768 * 8 // E, max_reroutes=E) for E in (64, 128, 256)},
+    "route 256/8, capacity by probability": route(32768, 256, 8, capacity=1280, max_reroutes=256, by_probability=True),
+    "route 256/8, sigmoid, bias, groups": route(
+        32768, 256, 8, sigmoid=True, expert_bias=torch.empty(256, device="meta"), num_groups=8, group_top_k=4,
+        capacity=1280, max_reroutes=256,
+    ),
+    "route 1024/32, capacity": route(4096, 1024, 32, capacity=128, max_reroutes=1024),
+}  # fmt: skip
+
+
+@contextmanager
+def _launches() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]]:
+    """Within it, launches are noted instead of run."""
+    noted: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    original = JITFunction.run
+
+    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        noted.append((self, args, kwargs))
+
+    JITFunction.run = note
+    try:
+        yield noted
+    finally:
+        JITFunction.run = original
+
+
+def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Compiles one launch for sm_90 → its name and resources."""
+    names = [parameter.name for parameter in fn.params]
+    values = dict(zip(names, args, strict=False))
+    options = {key: value for key, value in kwargs.items() if key not in names}
+    values.update((key, value) for key, value in kwargs.items() if key in names)
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(fn.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "kernel": fn.__name__,
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "spills": int(found["LOCAL"]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    rows = []
+    for case, run in CASES.items():
+        with _launches() as launches:
+            run()
+        for fn, args, kwargs in launches:
+            row = {"case": case, **compile_launch(fn, args, kwargs)}
+            rows.append(row)
+            print("{case:40} {kernel:14} {registers:4} registers  {stack:5} B stack  {spills:5} B spilled  "
+                  "{shared:6} B shared".format(**row), flush=True)  # fmt: skip
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
