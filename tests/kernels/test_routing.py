@@ -1,108 +1,529 @@
-"""Routing against plain Python, ties included."""
+"""Routing against plain Python one request at a time, its scores and gradients against float64 formulas.
+
+Every backend is held to the same: plain PyTorch, and the Triton kernels in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import itertools
 import math
+import os
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from ava_kernels import load_balancing_loss, route, router_z_loss
+from ava_kernels import Routing, load_balancing_loss, route, router_z_loss, update_expert_bias
+from ava_kernels import backend as backend_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_oracle import asks, decide
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
+
+DECISIONS = ("expert", "requested", "offsets", "token", "slot", "rerouted", "dropped")
+FLOATS = ("weight", "probs", "lse", "mean_prob")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    pytest.importorskip("triton")
+    if importlib.util.find_spec("ava_kernels.routing.kernels") is None:
+        pytest.skip("there are no Triton kernels for routing yet")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was told not to interpret")
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        request.getfixturevalue("triton_backend")
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
+    return request.param
+
+
+def examples(backend, count):
+    """The interpreter takes many times as long, so it gets fewer examples."""
+    count = count if backend == "torch" else count // 10
+    return settings(max_examples=count, deadline=None, derandomize=True)
+
+
+def fields(routing):
+    return {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
+
+
+# --- Decisions ---
+
+
+class Problem(NamedTuple):
+    logits: torch.Tensor
+    top_k: int
+    options: dict
+
+
+DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TIED = st.sampled_from([-1.0, -0.0, 0.0, 0.5])
+FREE = st.integers(-200, 200).map(lambda n: n / 32)
+HOLED = st.sampled_from([-math.inf, -math.inf, -math.inf, -0.0, 0.0, 1.0])
+POISONED = st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 0.0, 0.5, 1.0])
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T.contiguous().T,
+    "every_other": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+}
 
 
 @st.composite
 def problems(draw):
-    """Logits of few distinct values, so that most rows hold ties."""
-    tokens, experts = draw(st.integers(0, 6)), draw(st.integers(1, 6))
+    """Mostly few distinct values and little capacity, so that ties and rejections are the rule."""
+    tokens, experts = draw(st.integers(0, 12)), draw(st.integers(1, 9))
     top_k = draw(st.integers(1, experts))
-    row = st.lists(st.integers(-3, 3), min_size=experts, max_size=experts)
-    rows = draw(st.lists(row, min_size=tokens, max_size=tokens))
-    return [[value / 2 for value in row] for row in rows], experts, top_k
+    ordinary = draw(st.sampled_from([TIED, FREE]))
+    kinds = draw(st.lists(st.sampled_from([ordinary] * 6 + [HOLED, POISONED]), min_size=tokens, max_size=tokens))
+    rows = [draw(st.lists(kind, min_size=experts, max_size=experts)) for kind in kinds]
+    logits = torch.tensor(rows, dtype=draw(st.sampled_from(DTYPES))).reshape(tokens, experts)
+    options = {
+        "capacity": draw(st.none() | st.integers(0, 5) | st.integers(0, max(tokens, 1)) | st.just(2**40)),
+        "overflow": draw(st.sampled_from(["next_best", "next_best", "drop"])),
+        "priority": draw(st.sampled_from(["choice", "probability"])),
+        "max_reroutes": draw(st.none() | st.integers(0, 3) | st.just(2**40)),
+        "score": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "normalize": draw(st.booleans()),
+        "scale": draw(st.sampled_from([1.0, 2.5])),
+    }
+    if draw(st.booleans()):
+        bias = st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.1, math.nan, -math.inf])
+        bias_dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+        options["expert_bias"] = torch.tensor(draw(st.lists(bias, min_size=experts, max_size=experts))).to(bias_dtype)
+    if draw(st.booleans()):
+        groups = draw(st.sampled_from([g for g in range(1, experts + 1) if experts % g == 0]))
+        size = experts // groups
+        options |= {"num_groups": groups, "group_top_k": draw(st.integers(-(-top_k // size), groups))}
+    return Problem(LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](logits), top_k, options)
 
 
-def scores_of(row, score):
-    if score == "sigmoid":
-        return [1 / (1 + math.exp(-logit)) for logit in row]
-    return [math.exp(logit) / sum(map(math.exp, row)) for logit in row]
+def expected_decision(problem, probs):
+    """The oracle's, from the implementation's own probabilities."""
+    options = {name: problem.options[name] for name in problem.options if name not in ("score", "normalize", "scale")}
+    number = np.float64 if probs.dtype == torch.float64 else np.float32
+    if "expert_bias" in options:
+        options["expert_bias"] = options["expert_bias"].tolist()
+    return decide(
+        problem.logits.tolist(), probs.tolist(), problem.logits.shape[1], problem.top_k, number=number, **options
+    )
 
 
-@settings(max_examples=150, deadline=None)
-@given(problems(), st.sampled_from(["softmax", "sigmoid"]), st.booleans(), st.sampled_from([1.0, 2.5]))
-def test_route_is_the_plain_algorithm(problem, score, normalize, scale):
-    rows, experts, top_k = problem
-    routing = route(torch.tensor(rows).reshape(-1, experts), top_k, score=score, normalize=normalize, scale=scale)
-    chosen = [sorted(range(experts), key=lambda e, row=row: (-row[e], e))[:top_k] for row in rows]
-    assert routing.expert.tolist() == chosen
-    scores = [scores_of(row, score) for row in rows]
-    torch.testing.assert_close(routing.probs, torch.tensor(scores).reshape(-1, experts))
-    weights = [[scores[t][e] for e in choice] for t, choice in enumerate(chosen)]
-    weights = [[scale * w / (sum(row) if normalize else 1) for w in row] for row in weights]
-    torch.testing.assert_close(routing.weight, torch.tensor(weights).reshape(-1, top_k))
-
-    entries = sorted((e, t, k) for t, choice in enumerate(chosen) for k, e in enumerate(choice))
-    assert routing.token.tolist() == [t for _, t, _ in entries]
-    assert routing.slot.tolist() == [k for _, _, k in entries]
-    counts = [sum(e == expert for e, _, _ in entries) for expert in range(experts)]
-    assert routing.requested.tolist() == counts
-    assert routing.offsets.tolist() == [sum(counts[:e]) for e in range(experts + 1)]
-    dtypes = [t.dtype for t in (routing.expert, routing.requested, routing.offsets, routing.token, routing.slot)]
-    assert dtypes == [torch.int32] * 5
+def check_decision(routing, problem):
+    expected = expected_decision(problem, routing.probs)
+    for name in DECISIONS:
+        assert getattr(routing, name).tolist() == getattr(expected, name), name
+    assert {getattr(routing, name).dtype for name in DECISIONS[:5]} == {torch.int32}
+    assert routing.rerouted.dtype == routing.dropped.dtype == torch.int64
+    T, E = problem.logits.shape
+    assert routing.expert.shape == (T, problem.top_k)
+    assert routing.offsets.shape == (E + 1,)
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems(), st.sampled_from(["softmax", "sigmoid"]))
-def test_losses_are_the_formulas(problem, score):
-    rows, experts, top_k = problem
-    logits = torch.tensor(rows, dtype=torch.float64).reshape(-1, experts)
-    routing = route(logits, top_k, score=score)
-    balance, z = load_balancing_loss(routing), router_z_loss(logits)
-    assert balance.shape == z.shape == ()
-    if not rows:
-        assert balance == z == 0
-        return
-    share = [count / (len(rows) * top_k) for count in routing.requested.tolist()]
-    mean = [sum(scores_of(row, score)[e] for row in rows) / len(rows) for e in range(experts)]
-    assert balance.item() == pytest.approx(experts * sum(f * p for f, p in zip(share, mean, strict=True)))
-    assert z.item() == pytest.approx(sum(math.log(sum(map(math.exp, row))) ** 2 for row in rows) / len(rows))
+def check_numbers(routing, problem):
+    """Probabilities and lse of the logits, and weights and mean of those probabilities, in float64."""
+    logits, options = problem.logits, problem.options
+    T = len(logits)
+    numbers = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    assert {getattr(routing, name).dtype for name in FLOATS} == {numbers}
+    alive_T1 = torch.tensor([asks(row) for row in logits.tolist()], dtype=torch.bool).reshape(T, 1)
+    sane = torch.where(alive_T1, logits.double(), 0.0)
+    probs = alive_T1 * (sane.softmax(-1) if options.get("score", "softmax") == "softmax" else sane.sigmoid())
+    own = routing.probs.double()
+    held = own.gather(1, routing.expert.clamp(min=0).long()) * (routing.expert >= 0)
+    weight = held * options.get("scale", 1.0)
+    if options.get("normalize", True):
+        total = held.sum(-1, keepdim=True)
+        weight = weight / torch.where(total == 0, 1.0, total)
+    expected = {
+        "probs": probs,
+        "lse": alive_T1[:, 0] * sane.logsumexp(-1),
+        "weight": weight,
+        "mean_prob": own.sum(0) / max(T, 1),
+    }
+    precision = 1e-13 if numbers == torch.float64 else 2e-6
+    for name, value in expected.items():
+        absolute = precision if name == "lse" else 0.0  # log(1) can cancel
+        torch.testing.assert_close(getattr(routing, name).double(), value, rtol=precision, atol=absolute, msg=name)
 
 
-def test_balanced_routing_costs_one():
-    logits = torch.eye(4).repeat(3, 1) * 1e-4
-    assert load_balancing_loss(route(logits, 1)).item() == pytest.approx(1.0, abs=1e-6)
+def test_decisions_and_numbers_are_the_oracles(backend):
+    @examples(backend, 400)
+    @given(problems())
+    def holds(problem):
+        routing = route(problem.logits, problem.top_k, **problem.options)
+        check_decision(routing, problem)
+        check_numbers(routing, problem)
+
+    holds()
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_gradients(score, normalize):
-    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-
-    def differentiable(x):
-        routing = route(x, 2, score=score, normalize=normalize, scale=1.5)
-        return routing.weight, routing.probs, load_balancing_loss(routing), router_z_loss(x)
-
-    torch.autograd.gradcheck(differentiable, logits)
+def large(T, E, K, seed=0, skew=1.5, dtype=torch.float32, **options):
+    """Random tokens that prefer some experts, so that capacity binds."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(T, E, generator=generator) + skew * torch.randn(E, generator=generator)
+    return Problem(logits.to(dtype), K, options)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_are_scored_in_float32(dtype):
-    logits = torch.randn(9, 6).to(dtype)
-    low, full = route(logits, 2), route(logits.float(), 2)
-    assert low.weight.dtype == low.probs.dtype == torch.float32
-    assert torch.equal(low.weight, full.weight)
-    assert torch.equal(low.expert, full.expert)
-    assert router_z_loss(logits) == router_z_loss(logits.float())
+CASES = {
+    "large": large(200, 64, 8, capacity=25),  # exactly as much room as requests
+    "large_probability": large(200, 64, 8, capacity=28, priority="probability"),
+    "large_biased_groups": large(
+        200, 64, 8, capacity=30, score="sigmoid", num_groups=8, group_top_k=3, scale=2.5,
+        expert_bias=torch.linspace(-0.2, 0.2, 64),
+    ),
+    "large_few_reroutes": large(200, 64, 8, capacity=20, max_reroutes=2),
+    "large_drop": large(200, 64, 8, capacity=20, overflow="drop"),
+    "ties_among_many": Problem(large(60, 128, 8).logits.round(), 8, {"capacity": 5}),
+    "no_power_of_two": large(37, 23, 5, capacity=9, dtype=torch.bfloat16),
+    "all_alike": Problem(torch.tensor([0.0, 2.0, 1.0, 3.0, -1.0]).expand(30, 5), 2, {"capacity": 12}),
+    "all_alike_and_exactly_full": Problem(torch.tensor([0.0, 2.0, 1.0, 3.0]).expand(8, 4), 3, {"capacity": 6}),
+    "all_equal": Problem(torch.zeros(50, 10), 3, {"capacity": 15, "priority": "probability"}),
+    "every_expert": large(30, 8, 8, capacity=20),
+    "most_experts_and_choices": large(3, 1024, 32, capacity=1),
+    "one_of_everything": large(1, 1, 1, capacity=1),
+    "no_tokens": large(0, 5, 2, capacity=3),
+    "no_room": large(9, 5, 2, capacity=0),
+    "many_tokens": large(1500, 3, 1, capacity=500),
+}  # fmt: skip
 
 
-def test_ranks_by_logits_where_scores_have_run_out_of_digits():
+@pytest.mark.parametrize("name", CASES)
+def test_larger_cases_are_the_oracles(backend, name):
+    problem = CASES[name]
+    routing = route(problem.logits, problem.top_k, **problem.options)
+    check_decision(routing, problem)
+    check_numbers(routing, problem)
+
+
+def test_overflow_goes_to_the_next_best_by_hand():
+    # Everybody wants 0, then 1, 2, 3. Tokens 0 and 1 get it; the others' first slots take 2, their best unasked one.
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).expand(4, 4)
+    routing = route(logits, 2, capacity=2)
+    assert routing.expert.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert routing.requested.tolist() == [4, 4, 0, 0]
+    assert routing.offsets.tolist() == [0, 2, 4, 6, 8]
+    assert routing.token.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert routing.slot.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert (routing.rerouted, routing.dropped) == (4, 0)
+    dropping = route(logits, 2, capacity=2, overflow="drop")
+    assert dropping.expert.tolist() == [[0, 1], [0, 1], [-1, -1], [-1, -1]]
+    assert dropping.token.tolist() == [0, 1, 0, 1, 2, 2, 3, 3]
+    assert dropping.slot.tolist() == [0, 0, 1, 1, 0, 1, 0, 1]
+    assert (dropping.rerouted, dropping.dropped) == (0, 4)
+
+
+def test_priority_decides_who_stays():
+    logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]])
+    assert route(logits, 1, capacity=1, overflow="drop").expert.tolist() == [[0], [-1], [-1]]
+    by_score = route(logits, 1, capacity=1, overflow="drop", priority="probability")
+    assert by_score.expert.tolist() == [[-1], [0], [-1]]
+
+
+def test_bias_chooses_but_does_not_weigh():
+    logits, bias = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([1.0, 0.0, math.nan], requires_grad=True)
+    routing = route(logits.requires_grad_(), 2, expert_bias=bias, normalize=False)
+    assert routing.expert.tolist() == [[0, 1]]
+    assert torch.equal(routing.weight, routing.probs[:, :2])
+    routing.weight.sum().backward()
+    assert bias.grad is None
+
+
+def test_ranks_by_logits_where_scores_have_run_out_of_digits(backend):
     logits = torch.tensor([[-300.0, 100.0, -200.0, 300.0]])
     assert route(logits, 4).expert.tolist() == [[3, 1, 2, 0]]
     assert route(logits, 4, score="sigmoid").expert.tolist() == [[3, 1, 2, 0]]
 
 
-def test_sigmoid_scores_that_are_all_zero_give_no_nan():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_low_precision_logits_route_as_their_float32_values(backend, dtype, score):
+    low = torch.randn(19, 6).to(dtype).requires_grad_()
+    full = low.detach().float().requires_grad_()
+    options = {"capacity": 7, "score": score, "priority": "probability", "expert_bias": torch.randn(6) / 10}
+    of_low, of_full = route(low, 2, **options), route(full, 2, **options)
+    for name, value in fields(of_full).items():
+        assert torch.equal(getattr(of_low, name), value), name
+    assert router_z_loss(low) == router_z_loss(full)
+    for routing in (of_low, of_full):
+        (routing.weight.square().sum() + routing.probs.square().sum() + router_z_loss(routing)).backward()
+    assert torch.equal(low.grad, full.grad.to(dtype))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_same_input_same_bits(backend, score):
+    problem = large(60, 16, 4, capacity=16, score=score)
+    results = []
+    for _ in range(2):
+        logits = problem.logits.clone().requires_grad_()
+        routing = route(logits, problem.top_k, **problem.options)
+        loss = routing.weight.square().sum() + load_balancing_loss(routing) + router_z_loss(routing)
+        results.append([*fields(routing).values(), *torch.autograd.grad(loss, logits)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+# Inputs that leave no choice to the last bit of a score: by logits alone, or scores that lie far apart.
+SETTLED = {
+    name: problem
+    for name, problem in CASES.items()
+    if "expert_bias" not in problem.options and "priority" not in problem.options
+}
+SPREAD = torch.linspace(-3, 3, 96)[torch.randperm(96, generator=torch.Generator().manual_seed(5))].reshape(12, 8)
+SETTLED["spread_out"] = Problem(
+    SPREAD,
+    3,
+    {
+        "capacity": 4,
+        "priority": "probability",
+        "score": "sigmoid",
+        "expert_bias": torch.linspace(0.1, -0.2, 8),
+        "num_groups": 4,
+        "group_top_k": 2,
+    },
+)
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_kernels_and_reference_agree(monkeypatch, triton_backend, name):
+    problem = SETTLED[name]
+    kernels = route(problem.logits, problem.top_k, **problem.options)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    reference = route(problem.logits, problem.top_k, **problem.options)
+    for field in DECISIONS:
+        assert torch.equal(getattr(kernels, field), getattr(reference, field)), field
+    for field in FLOATS:
+        torch.testing.assert_close(getattr(kernels, field), getattr(reference, field), rtol=2e-6, atol=1e-6, msg=field)
+
+
+def test_the_kernels_run_where_asked(monkeypatch, triton_backend):
+    """Otherwise every comparison above would compare the reference with itself."""
+    from ava_kernels.routing import kernels
+
+    class RanError(Exception):
+        pass
+
+    def ran(*_):
+        raise RanError
+
+    monkeypatch.setattr(kernels, "forward", ran)
+    with pytest.raises(RanError):
+        route(torch.zeros(3, 4), 1)
+
+
+# --- What holds for every routing ---
+
+
+@st.composite
+def crowds(draw):
+    tokens, experts = draw(st.integers(1, 64)), draw(st.sampled_from([4, 8, 12, 16]))
+    top_k = draw(st.integers(1, min(experts, 6)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    skew = draw(st.sampled_from([0.0, 1.0, 4.0]))
+    logits = torch.randn(tokens, experts, generator=generator) + skew * torch.randn(experts, generator=generator)
+    if draw(st.booleans()):
+        logits = logits.round()
+    room = draw(st.sampled_from([0.5, 1.0, 1.25]))
+    options = {
+        "capacity": math.ceil(room * tokens * top_k / experts),
+        "priority": draw(st.sampled_from(["choice", "probability"])),
+    }
+    if draw(st.booleans()):
+        options["expert_bias"] = torch.randn(experts, generator=generator) / 4
+    if draw(st.booleans()):
+        options |= {"num_groups": 4, "group_top_k": draw(st.integers(-(-top_k // (experts // 4)), 4))}
+    return Problem(logits, top_k, options)
+
+
+def test_invariants(backend):
+    @examples(backend, 200)
+    @given(crowds(), st.none() | st.integers(0, 4))
+    def holds(problem, max_reroutes):
+        logits, top_k, options = problem
+        T, E = logits.shape
+        capacity = options["capacity"]
+        routing = route(logits, top_k, max_reroutes=max_reroutes, **options)
+        expert = routing.expert.tolist()
+        held = [[e for e in row if e >= 0] for row in expert]
+        load = [sum(row.count(e) for row in held) for e in range(E)]
+        assert max(load) <= capacity
+        assert all(len(set(row)) == len(row) for row in held)
+
+        offsets, pairs = routing.offsets.tolist(), list(zip(routing.token.tolist(), routing.slot.tolist(), strict=True))
+        assert [end - start for start, end in itertools.pairwise(offsets)] == load
+        assert sorted(pairs) == [(t, k) for t in range(T) for k in range(top_k)]
+        for e in range(E):
+            part = pairs[offsets[e] : offsets[e + 1]]
+            assert part == sorted(part)
+            assert all(expert[t][k] == e for t, k in part)
+        assert all(expert[t][k] == -1 for t, k in pairs[offsets[-1] :])
+        assert routing.dropped == T * top_k - offsets[-1]
+        assert routing.requested.sum() == T * top_k
+
+        if max_reroutes is None:
+            # An expert never lets go, so one that has room at the end has rejected nobody: a token whose request was
+            # dropped had asked all of its candidates, and those that it does not hold are full.
+            candidates = E * options.get("group_top_k", 1) // options.get("num_groups", 1)
+            may_ask = route(logits, candidates, **(options | {"capacity": None})).expert.tolist()
+            for row, allowed in zip(held, may_ask, strict=True):
+                assert set(row) <= set(allowed)
+                if len(row) < top_k:
+                    assert all(load[e] == capacity for e in set(allowed) - set(row))
+            if capacity >= T:
+                assert routing.dropped == routing.rerouted == 0
+        wished = route(logits, top_k, **(options | {"capacity": None})).expert
+        with_room = torch.tensor([load[e] < capacity for e in range(E)])
+        assert torch.equal(routing.expert[with_room[wished]], wished[with_room[wished]])
+        assert routing.rerouted == ((routing.expert != wished) & (routing.expert >= 0)).sum()
+
+        expected = torch.tensor([1.0 if row else 0.0 for row in held])
+        torch.testing.assert_close(routing.weight.sum(-1), expected, rtol=1e-5, atol=1e-6)
+        assert not routing.weight[routing.expert < 0].any()
+
+    holds()
+
+
+# --- Losses ---
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_are_the_formulas(score):
+    @examples("torch", 60)
+    @given(problems())
+    def holds(problem):
+        logits = torch.where(problem.logits.isfinite(), problem.logits, 1.0).double()
+        T, E = logits.shape
+        routing = route(logits, problem.top_k, score=score, capacity=2)
+        balance, z, z_of_routing = load_balancing_loss(routing), router_z_loss(logits), router_z_loss(routing)
+        assert balance.shape == z.shape == z_of_routing.shape == ()
+        rows = [[math.exp(x) for x in row] for row in logits.tolist()]
+        if score == "softmax":
+            probs = [[x / sum(row) for x in row] for row in rows]
+        else:
+            probs = [[x / (1 + x) for x in row] for row in rows]
+        share = [count / max(T * problem.top_k, 1) for count in routing.requested.tolist()]
+        mean = [sum(row[e] for row in probs) / max(T, 1) for e in range(E)]
+        expected_z = sum(math.log(sum(row)) ** 2 for row in rows) / max(T, 1)
+        assert balance.item() == pytest.approx(E * sum(f * p for f, p in zip(share, mean, strict=True)))
+        assert z.item() == pytest.approx(expected_z)
+        assert z_of_routing.item() == pytest.approx(expected_z)
+
+    holds()
+
+
+def test_balanced_routing_costs_one(backend):
+    logits = torch.eye(4).repeat(3, 1) * 1e-4
+    assert load_balancing_loss(route(logits, 1)).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_tokens_that_request_nothing_cost_nothing(backend):
+    logits = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf]])
+    routing = route(logits, 1)
+    assert routing.expert.tolist() == [[1], [-1], [-1], [-1]]
+    assert routing.dropped == 3
+    alone = route(logits[:1], 1)
+    assert router_z_loss(routing).item() == pytest.approx(router_z_loss(alone).item() / 4)
+    assert not routing.probs[1:].any()
+    assert router_z_loss(logits).isnan()  # the raw logits hide nothing
+
+
+# --- Gradients ---
+
+HOSTILE_ROWS = [
+    [math.nan, 1.0, 0.0, 2.0, 0.5, 0.0],
+    [math.inf, 1.0, 0.0, 2.0, 0.5, 0.0],
+    [-math.inf] * 6,
+    [-math.inf, 1.0, 0.25, -math.inf, -1.0, 2.0],
+]
+GRADIENT_OPTIONS = {
+    "unlimited": {},
+    "rerouted": {"capacity": 6},
+    "dropped": {"capacity": 3, "overflow": "drop"},
+    "bias_and_groups": {"capacity": 5, "expert_bias": torch.linspace(-0.3, 0.3, 6), "num_groups": 3, "group_top_k": 2},
+    "nothing_kept": {"capacity": 0},
+}
+
+
+def formula(logits, routing, score, normalize, scale):
+    """What `routing` should hold for these logits, differentiably, its experts and counts as they are."""
+    alive_T1 = torch.tensor([asks(row) for row in logits.tolist()]).reshape(-1, 1)
+    sane = torch.where(alive_T1, logits, 0.0)
+    probs = torch.where(alive_T1, sane.softmax(-1) if score == "softmax" else sane.sigmoid(), 0.0)
+    kept = routing.expert >= 0
+    weight = torch.where(kept, probs.gather(1, routing.expert.clamp(min=0).long()), 0.0)
+    if normalize:
+        total = weight.sum(-1, keepdim=True)
+        weight = weight / torch.where(kept.any(-1, keepdim=True), total, 1.0)
+    lse = torch.where(alive_T1[:, 0], sane.logsumexp(-1), 0.0)
+    return dataclasses.replace(routing, weight=weight * scale, probs=probs, lse=lse, mean_prob=probs.mean(0))
+
+
+def losses_of(routing):
+    """A scalar for each differentiable output, each element weighted by its own number, and one for all together."""
+    generator = torch.Generator().manual_seed(1)
+    each = {}
+    for name in FLOATS:
+        output = getattr(routing, name)
+        each[name] = (output * torch.randn(output.shape, generator=generator).to(output.dtype)).sum()
+    each["load_balancing_loss"] = load_balancing_loss(routing)
+    each["router_z_loss"] = router_z_loss(routing)
+    each["all"] = sum(each.values())
+    return each
+
+
+def gradients(logits, make_routing):
+    logits = logits.clone().requires_grad_()
+    each = losses_of(make_routing(logits))
+    return {name: torch.autograd.grad(loss, logits, retain_graph=True)[0].double() for name, loss in each.items()}
+
+
+@pytest.mark.parametrize("options", GRADIENT_OPTIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradients_are_the_formulas(monkeypatch, backend, score, normalize, options):
+    logits = torch.cat([torch.randn(12, 6), torch.tensor(HOSTILE_ROWS)])
+    weighing = {"score": score, "normalize": normalize, "scale": 1.5}
+
+    def ours(x):
+        return route(x, 3, **weighing, **GRADIENT_OPTIONS[options])
+
+    routing = ours(logits)
+    exact = gradients(logits.double(), lambda x: formula(x, routing, **weighing))
+    single = gradients(logits, ours)
+    double = gradients(logits.double(), ours)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    reference = gradients(logits, ours)
+    for name in exact:
+        torch.testing.assert_close(double[name], exact[name], rtol=1e-11, atol=1e-13, msg=name)
+        assert not single[name][12:15].any()
+        # Kernels may be off as far as PyTorch itself is in float32, times a little for another order of adding.
+        largest = exact[name].abs().max()
+        allowed = 4 * (reference[name] - exact[name]).abs().max() + 4 * torch.finfo(torch.float32).eps * largest
+        assert allowed <= 1e-5 * largest + 1e-30, name
+        assert (single[name] - exact[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("options", GRADIENT_OPTIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradcheck(score, normalize, options):
+    logits = torch.cat([torch.randn(5, 6), torch.tensor(HOSTILE_ROWS[:2])]).double().requires_grad_()
+
+    def differentiable(x):
+        routing = route(x, 2, score=score, normalize=normalize, scale=1.5, **GRADIENT_OPTIONS[options])
+        return [*(getattr(routing, name) for name in FLOATS), load_balancing_loss(routing), router_z_loss(routing)]
+
+    torch.autograd.gradcheck(differentiable, logits)
+
+
+def test_sigmoid_scores_that_are_all_zero_give_no_nan(backend):
     logits = torch.full((2, 3), -200.0, requires_grad=True)
     routing = route(logits, 2, score="sigmoid")
     routing.weight.sum().backward()
@@ -110,13 +531,226 @@ def test_sigmoid_scores_that_are_all_zero_give_no_nan():
     assert not logits.grad.any()
 
 
-def test_ties_among_many_experts_go_to_the_lower_ones():
-    logits = torch.randint(0, 3, (20, 128), generator=torch.Generator().manual_seed(0)).float()
-    chosen = [sorted(range(128), key=lambda e, row=row: (-row[e], e))[:8] for row in logits.tolist()]
-    assert route(logits, 8).expert.tolist() == chosen
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_extreme_logits_give_finite_gradients(backend, score):
+    """Scores that underflow, are the smallest there are, or are all of it."""
+    logits = torch.tensor([[-87.0, -88, -200, 3], [-100, -101, -103, -104], [300, -300, 0, 1e38], [-3e38, 0, 90, 3e38]])
+    logits.requires_grad_()
+    routing = route(logits, 2, score=score, capacity=2)
+    assert all(getattr(routing, name).isfinite().all() for name in FLOATS)
+    for name, loss in losses_of(routing).items():
+        if name not in ("router_z_loss", "all"):  # a squared 3e38 is infinite
+            assert torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all(), name
 
 
-@pytest.mark.parametrize("top_k", [0, 5, -1])
-def test_refuses_a_top_k_that_cannot_be(top_k):
-    with pytest.raises(ValueError, match=rf"top_k is {top_k}; it must lie between 1 and the number of experts \(4\)"):
-        route(torch.zeros(3, 4), top_k)
+# --- As a torch operation ---
+
+
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        # expert_bias, top_k, capacity, max_reroutes, by_probability, sigmoid, normalize, num_groups, group_top_k, scale
+        (None, 2, None, 0, False, False, True, 1, 1, 1.0),
+        (torch.tensor([0.1, 0.0, -0.1, 0.2]), 3, 4, 4, False, True, False, 1, 1, 2.5),
+        (torch.tensor([0.1, 0.0, -0.1, 0.2]), 2, 2, 1, True, True, True, 2, 1, 1.0),
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck_route(backend, T, arguments, requires_grad):
+    logits = torch.randn(T, 4, requires_grad=requires_grad)
+    # With a gradient, opcheck's check of tracing adds up the outputs in place, and cannot add a float output to an
+    # integer one before it; `test_compiles_whole_and_equal` checks the same.
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks = checks if requires_grad else "ALL"
+    torch.library.opcheck(torch.ops.ava_kernels.route.default, (logits, *arguments), test_utils=checks)
+
+
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize(
+    "given_grads", [(True, True, True, True), (True, False, False, False), (False, True, True, False)]
+)
+def test_opcheck_route_backward(backend, T, sigmoid, given_grads):
+    logits = torch.randn(T, 4)
+    routing = route(logits, 2, capacity=3, score="sigmoid" if sigmoid else "softmax")
+    outputs = [getattr(routing, name) for name in FLOATS]
+    grads = [torch.randn_like(out) if wanted else None for out, wanted in zip(outputs, given_grads, strict=True)]
+    arguments = (logits if sigmoid else None, routing.probs, routing.lse, routing.expert, *grads, sigmoid, True, 1.5)
+    torch.library.opcheck(torch.ops.ava_kernels.route_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_compiles_whole_and_equal(backend, score, dynamic):
+    def step(logits, bias):
+        routing = route(logits, 3, capacity=8, score=score, expert_bias=bias)
+        loss = routing.weight.square().sum() + load_balancing_loss(routing) + 0.1 * router_z_loss(routing)
+        return loss + 0.1 * router_z_loss(logits), *fields(routing).values()
+
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (17, 23):
+        results = []
+        for function in (step, compiled_step):
+            logits = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(3), requires_grad=True)
+            outputs = function(logits, torch.linspace(-0.1, 0.1, 6))
+            outputs[0].backward()
+            results.append((*outputs, logits.grad))
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_shapes_follow_from_shapes(backend):
+    """Fake tensors, which have no values, go through the operation and the losses."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        routing = route(torch.empty(9, 8, dtype=torch.bfloat16), 3, capacity=2)
+        loss = load_balancing_loss(routing) + router_z_loss(routing)
+    real = route(torch.zeros(9, 8, dtype=torch.bfloat16), 3, capacity=2)
+    for name, value in fields(real).items():
+        fake = getattr(routing, name)
+        assert (fake.shape, fake.dtype, fake.stride()) == (value.shape, value.dtype, value.stride()), name
+    assert loss.shape == ()
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "message"),
+    [
+        (torch.zeros(4), {}, r"logits are torch.float32 of shape \(4,\); they must be floats \(T, E\)"),
+        (torch.zeros(3, 4, dtype=torch.int64), {}, r"logits are torch.int64 of shape \(3, 4\); they must be floats"),
+        (torch.zeros(3, 0), {}, "logits has 0 columns; the number of experts must lie between 1 and 1024"),
+        (torch.zeros(3, 1025), {}, "logits has 1025 columns; the number of experts must lie between 1 and 1024"),
+        (torch.zeros(3, 4), {"top_k": 0}, r"top_k is 0; it must lie between 1 and the number of experts \(4\)"),
+        (torch.zeros(3, 4), {"top_k": 5}, r"top_k is 5; it must lie between 1 and the number of experts \(4\)"),
+        (torch.zeros(3, 4), {"top_k": -1}, r"top_k is -1; it must lie between 1 and the number of experts \(4\)"),
+        (torch.zeros(3, 64), {"top_k": 33}, "top_k is 33; it must lie between 1 and 32"),
+        (
+            torch.empty(2**30, 2, device="meta"),
+            {"top_k": 2},
+            "1073741824 tokens times top_k 2 are 2³¹ requests or more; route fewer tokens at a time",
+        ),
+        (torch.zeros(3, 4), {"capacity": -1}, "capacity is -1; it must be 0 or more, or None for no limit"),
+        (torch.zeros(3, 4), {"max_reroutes": -2}, "max_reroutes is -2; it must be 0 or more, or None for no limit"),
+        (
+            torch.zeros(3, 4),
+            {"expert_bias": torch.zeros(3)},
+            r"expert_bias is torch.float32 of shape \(3,\); it must be floats \(4,\)",
+        ),
+        (
+            torch.zeros(3, 4),
+            {"expert_bias": torch.zeros(4, dtype=torch.int32)},
+            r"expert_bias is torch.int32 of shape \(4,\); it must be floats \(4,\)",
+        ),
+        (
+            torch.zeros(3, 4),
+            {"expert_bias": torch.zeros(4, device="meta")},
+            "expert_bias is on meta, logits are on cpu: move one of them",
+        ),
+        (torch.zeros(3, 4), {"num_groups": 2}, "num_groups and group_top_k go together: give both, or neither"),
+        (torch.zeros(3, 4), {"group_top_k": 2}, "num_groups and group_top_k go together: give both, or neither"),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 3, "group_top_k": 1},
+            r"num_groups is 3; it must divide the number of experts \(4\)",
+        ),
+        (torch.zeros(3, 4), {"num_groups": 0, "group_top_k": 1}, "num_groups is 0; it must divide"),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2, "group_top_k": 3},
+            r"group_top_k is 3; it must lie between 1 and num_groups \(2\)",
+        ),
+        (torch.zeros(3, 4), {"num_groups": 2, "group_top_k": 0}, "group_top_k is 0; it must lie between 1"),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2, "group_top_k": 1, "top_k": 3},
+            "top_k is 3, but 1 of 2 groups hold only 2 experts: raise group_top_k or lower top_k",
+        ),
+        (torch.zeros(3, 4), {"overflow": "wrap"}, "overflow is 'wrap'; it must be 'next_best' or 'drop'"),
+        (torch.zeros(3, 4), {"priority": "age"}, "priority is 'age'; it must be 'choice' or 'probability'"),
+        (torch.zeros(3, 4), {"score": "relu"}, "score is 'relu'; it must be 'softmax' or 'sigmoid'"),
+    ],
+)
+def test_refuses_naming_the_argument(logits, options, message):
+    with pytest.raises(ValueError, match=message):
+        route(logits, **({"top_k": 1} | options))
+
+
+def test_the_environment_chooses_the_backend(monkeypatch):
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    monkeypatch.delenv("AVA_KERNELS_BACKEND", raising=False)
+    assert not backend_module.runs_on_triton(single)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    assert not backend_module.runs_on_triton(single)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend_module.runs_on_triton(single)
+    assert not backend_module.runs_on_triton(double)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="a tensor is on cpu: move it to a GPU, or set TRITON_INTERPRET=1"):
+        route(torch.zeros(3, 4), 1)
+    monkeypatch.setattr(backend_module, "_has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        route(torch.zeros(3, 4), 1)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="AVA_KERNELS_BACKEND is 'cuda'; it must be triton or torch, or not be set"):
+        route(torch.zeros(3, 4), 1)
+
+
+# --- The expert bias ---
+
+
+def test_bias_moves_towards_an_even_load_in_place():
+    bias = torch.tensor([0.5, 0.0, -1.0, 0.25])
+    counts = torch.tensor([5, 3, 3, 1], dtype=torch.int32)  # the mean is 3
+    returned = update_expert_bias(bias, counts, 0.125)
+    assert returned is bias
+    assert bias.tolist() == [0.375, 0.0, -1.0, 0.375]
+
+    logits = torch.tensor([[2.0, 1.0, 0.0]] * 3)
+    routing = route(logits, 1, capacity=1)  # counted before capacity
+    assert update_expert_bias(torch.zeros(3), routing, 0.5).tolist() == [-0.5, 0.5, 0.5]
+    parameter = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    assert update_expert_bias(parameter, routing.requested, 0.5).tolist() == [-0.5, 0.5, 0.5]
+
+
+def test_bias_counts_that_would_round_still_move():
+    counts = torch.tensor([2**24, 2**24 + 1], dtype=torch.int32)  # alike in float32
+    assert update_expert_bias(torch.zeros(2), counts, 1.0).tolist() == [1.0, -1.0]
+    whole = torch.full((1024,), 2**21, dtype=torch.int32)  # E times a count passes 2³¹
+    whole[0] += 1
+    assert update_expert_bias(torch.zeros(1024), whole, 1.0).tolist() == [-1.0] + [1.0] * 1023
+
+
+def test_bias_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"bias has the shape \(3,\); the routing has 4 experts"):
+        update_expert_bias(torch.zeros(3), route(torch.zeros(2, 4), 1), 0.1)
+
+
+def test_bias_evens_the_load_of_a_skewed_router():
+    generator = torch.Generator().manual_seed(0)
+    skew, bias = torch.linspace(-1.5, 1.5, 8), torch.zeros(8)
+
+    def busiest(steps):
+        """The busiest expert's requests over this many steps, 1 at an even load."""
+        requested_E = torch.zeros(8)
+        for _ in range(steps):
+            routing = route(torch.randn(256, 8, generator=generator) + skew, 2, score="sigmoid", expert_bias=bias)
+            update_expert_bias(bias, routing, 0.01)
+            requested_E += routing.requested
+        return (requested_E.max() / requested_E.mean()).item()
+
+    assert busiest(1) > 2.2
+    busiest(150)
+    assert busiest(20) < 1.1
+
+
+def test_a_routing_is_frozen():
+    routing = route(torch.zeros(2, 3), 1)
+    assert isinstance(routing, Routing)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.expert = None
