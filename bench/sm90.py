@@ -3,8 +3,8 @@
     python -m bench.sm90 [--json FILE]
 
 The public operations run on meta tensors at the shapes that the benchmarks time; each kernel launch is caught and
-compiled for sm_90 instead, specialised as Triton would for these arguments. Reported per launch: registers a thread,
-bytes of stack and spills a thread, bytes of shared memory a program.
+compiled for sm_90 instead, specialised as Triton would for these arguments. Reported per launch: registers and bytes
+of spills a thread, bytes of shared memory a program.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+LINE = "{case:40} {kernel:14} {warps:2} warps {registers:4} registers {spills:5} B spilled {shared:6} B shared"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -112,21 +113,28 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
         usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+            [ASSEMBLER, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stderr
     return {
         "kernel": fn.__name__,
-        "registers": int(found["REG"]),
-        "stack": int(found["STACK"]),
-        "spills": int(found["LOCAL"]),
+        "registers": _number(r"Used (\d+) registers", usage),
+        "spills": _number(r"(\d+) bytes spill stores", usage),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
     }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found.group(1))
 
 
 def main() -> int:
@@ -140,8 +148,7 @@ def main() -> int:
         for fn, args, kwargs in launches:
             row = {"case": case, **compile_launch(fn, args, kwargs)}
             rows.append(row)
-            print("{case:40} {kernel:14} {registers:4} registers  {stack:5} B stack  {spills:5} B spilled  "
-                  "{shared:6} B shared".format(**row), flush=True)  # fmt: skip
+            print(LINE.format(**row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

@@ -23,7 +23,7 @@ from ava_kernels.routing.reference import Outputs
 
 # Block sizes, powers of two.
 TOKENS = 64  # most tokens of a block
-PAIRS = 1024  # most of its pairs
+PAIRS = 512  # most of its pairs
 ROUND_TOKENS = 256  # tokens of a block of a round
 ELEMENTS = 2048  # scores in registers at a time
 COLUMNS, ROWS = 16, 64  # counts in registers at a time
@@ -135,6 +135,7 @@ def forward(
             HELD=B,
             HELD_P=B * K,
             num_warps=8,
+            maxnreg=255,  # one program a processor: without it the assembler saves registers and spills
             launch_cooperative_grid=True,
             **common,
         )
@@ -160,6 +161,7 @@ def forward(
         BINS=triton.next_power_of_2(E),
         K=K,
         B=B,
+        num_warps=8,
     )
     return outputs
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK: tl.constexpr = tl.constexpr(32)  # pairs that a block is compared with at a time
+CHUNK: tl.constexpr = tl.constexpr(16)  # pairs that a block is compared with at a time
 
 
 @triton.jit
