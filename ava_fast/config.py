@@ -107,14 +107,14 @@ class MoeConfig(Section):
     overflow: Literal["next_best", "drop"] = "next_best"
     """What a full expert rejects asks the token's next-best expert, or is dropped."""
     priority: Literal["choice", "probability"] = "choice"
-    """Whom a full expert has accepted: first choices before second ones, in the order of tokens, or the highest
-    scores."""
+    """Who is served first where an expert fills up: first choices, in the order of tokens, or the highest scores."""
     max_reroutes: Count | None = None
     """Times that a rejected request may ask on, with `overflow: next_best`. None: until its candidates run out."""
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """In training, multiply the router's input by uniform noise in [1 − jitter, 1 + jitter] (Switch Transformer)."""
     aux_loss_weight: NonNegative = 0.01
-    """Weight of the load-balancing loss."""
+    """Weight of the load-balancing loss. It is made for softmax scores; sigmoid ones it also pushes towards 0: prefer
+    `expert_bias_rate` there."""
     z_loss_weight: NonNegative = 0.001
     """Weight of the router z-loss (ST-MoE), which keeps router logits small."""
     expert_bias_rate: NonNegative = 0.0

@@ -210,7 +210,7 @@ class Trainer:
         """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
         over micro-batches and ranks, the requests (L, E) of all of them, and the signal that asks to stop (or 0).
 
-        One all-reduce, and the only wait for the device in a step.
+        One all-reduce, and one wait for the device.
         """
         signal_number, (L, E) = self._stop_signal, shape
         shared = torch.cat((figures, figures.new_full((1,), signal_number)))

@@ -12,8 +12,8 @@ from ava_fast.observe.run import read_metrics
 
 
 def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
-    """Writes `report.md`, `loss.png` and, where there are mixture-of-experts blocks, `routing.png` into the run's folder
-    from its metrics.jsonl; returns the report's path."""
+    """Writes `report.md`, `loss.png` and, where there are mixture-of-experts blocks, `routing.png` into the run's
+    folder from its metrics.jsonl; returns the report's path."""
     records = read_metrics(folder / "metrics.jsonl")
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
