@@ -12,6 +12,7 @@ Token-level ranking with hard capacity is that of GShard (Lepikhin et al., 2020)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,25 +51,32 @@ def forward(
     """Reads on the host, once a round, how many requests are still pending."""
     T, E = logits.shape
     logits_TE = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-    lse_T = logits_TE.logsumexp(-1)
+    if sigmoid:
+        probs_TE, lse_T = logits_TE.sigmoid(), logits_TE.logsumexp(-1)
+    else:
+        probs_TE = logits_TE.softmax(-1)
+        lse_T = logits_TE.amax(-1) - probs_TE.amax(-1).log_()  # a sum of exponentials is the largest over its softmax
     valid_T = lse_T.isfinite()  # false where a logit is NaN or +Inf, or all of them are −Inf
-    probs_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
-    probs_TE = torch.where(valid_T[:, None], probs_TE, 0.0)
+    if not valid_T.all():
+        probs_TE[~valid_T], lse_T[~valid_T] = 0.0, 0.0
 
-    choice_TE = probs_TE if expert_bias is None else probs_TE + expert_bias.to(probs_TE.dtype)
-    choice_TE = choice_TE.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    # By logits where that is the same: scores are monotone in them but can tie where logits do not. A stable sort, as
-    # topk leaves the order of ties open.
+    choice_TE = probs_TE
+    if expert_bias is not None:
+        choice_TE = (probs_TE + expert_bias.to(probs_TE.dtype)).nan_to_num_(torch.finfo(probs_TE.dtype).min)
     key_TE = logits_TE if expert_bias is None else choice_TE
-    ranking_TC = key_TE.sort(dim=-1, descending=True, stable=True).indices
-    if num_groups > 1:
-        ranking_TC = _within_groups(ranking_TC, choice_TE, num_groups, group_top_k)
-    first_TK = ranking_TC[:, :top_k].int().masked_fill(~valid_T[:, None], -1)
+
+    def candidates(token: Tensor | slice, ranks: int) -> Tensor:
+        """The best experts of these tokens, best first; all that they may ask if those are fewer."""
+        if num_groups == 1:
+            return _ranking(key_TE[token], ranks)
+        return _within_groups(_ranking(key_TE[token], E), choice_TE[token], num_groups, group_top_k)[:, :ranks]
+
+    first_TK = candidates(slice(None), top_k).int().masked_fill_(~valid_T[:, None], -1)
     requested_E = torch.bincount(first_TK[valid_T].flatten(), minlength=E)
     if capacity is None:
         expert_TK = first_TK
     else:
-        expert_TK = _serve(first_TK, ranking_TC, probs_TE, by_probability, capacity, max_reroutes)
+        expert_TK = _serve(first_TK, candidates, probs_TE, by_probability, capacity, max_reroutes)
 
     kept_TK = expert_TK >= 0
     held_TK = expert_TK.clamp_min(0).long()
@@ -84,7 +92,7 @@ def forward(
         expert=expert_TK,
         weight=weight_TK,
         probs=probs_TE,
-        lse=torch.where(valid_T, lse_T, 0.0),
+        lse=lse_T,
         mean_prob=probs_TE.sum(0) / max(T, 1),
         requested=requested_E.int(),
         offsets=offsets,
@@ -109,31 +117,57 @@ def backward(
     scale: float,
 ) -> Tensor:
     """The gradient of the logits, in probs' dtype. `logits` are needed for sigmoid scores with dlse."""
-    d_TE = torch.zeros_like(probs_TE) if dprobs_TE is None else dprobs_TE.clone()
+    # dense: what reaches all scores; sparse: what reaches those of the experts that hold the token, times the score.
+    dense_TE = dprobs_TE
     if dmean_prob_E is not None:
-        d_TE += dmean_prob_E / max(len(probs_TE), 1)
+        row_E = dmean_prob_E / max(len(probs_TE), 1)
+        dense_TE = row_E.expand_as(probs_TE) if dense_TE is None else dense_TE + row_E
+    held_TK, sparse_TK = None, None
     if dweight_TK is not None:
-        kept_TK = expert_TK >= 0
-        held_TK = expert_TK.clamp_min(0).long()
+        kept_TK, held_TK = expert_TK >= 0, expert_TK.clamp_min(0).long()
+        score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
         dscore_TK = torch.where(kept_TK, dweight_TK * scale, 0.0)
         if normalize:
-            score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
             inverse_T1 = _inverse_sum(score_TK)
-            along_T1 = (dscore_TK * score_TK).sum(-1, keepdim=True) * inverse_T1
-            dscore_TK = torch.where(kept_TK, (dscore_TK - along_T1) * inverse_T1, 0.0)
-        d_TE.scatter_add_(1, held_TK, dscore_TK)
+            dscore_TK = (dscore_TK - (dscore_TK * score_TK).sum(-1, keepdim=True) * inverse_T1) * inverse_T1
+        sparse_TK = dscore_TK * score_TK
+
     if sigmoid:
-        dlogits_TE = d_TE * probs_TE * (1.0 - probs_TE)
+        dlogits_TE = torch.zeros_like(probs_TE) if dense_TE is None else dense_TE * probs_TE * (1.0 - probs_TE)
+        if held_TK is not None and sparse_TK is not None:
+            dlogits_TE.scatter_add_(1, held_TK, sparse_TK * (1.0 - score_TK))
         if dlse_T is not None:
             assert logits is not None
-            valid_T = (logits.to(probs_TE.dtype).logsumexp(-1)).isfinite()
-            softmax_TE = (logits.to(probs_TE.dtype) - lse_T[:, None]).exp()
-            dlogits_TE += torch.where(valid_T[:, None], softmax_TE * dlse_T[:, None], 0.0)
+            logits_TE = logits.to(probs_TE.dtype)
+            softmax_TE = (logits_TE - lse_T[:, None]).exp_().mul_(dlse_T[:, None])
+            dlogits_TE += torch.where(logits_TE.logsumexp(-1).isfinite()[:, None], softmax_TE, 0.0)
         return dlogits_TE
-    along_T1 = (d_TE * probs_TE).sum(-1, keepdim=True)
+
+    inner_T1 = torch.zeros_like(lse_T)[:, None]
+    if dense_TE is not None:
+        inner_T1 = (dense_TE * probs_TE).sum(-1, keepdim=True)
+    if sparse_TK is not None:
+        inner_T1 += sparse_TK.sum(-1, keepdim=True)
     if dlse_T is not None:
-        along_T1 -= dlse_T[:, None]
-    return probs_TE * (d_TE - along_T1)
+        inner_T1 -= dlse_T[:, None]
+    dlogits_TE = probs_TE * -inner_T1 if dense_TE is None else (dense_TE - inner_T1).mul_(probs_TE)
+    if held_TK is not None and sparse_TK is not None:
+        dlogits_TE.scatter_add_(1, held_TK, sparse_TK)
+    return dlogits_TE
+
+
+def _ranking(key_TE: Tensor, ranks: int) -> Tensor:
+    """Each row's `ranks` largest, the largest first; ties to the lower expert."""
+    E = key_TE.shape[1]
+    if 2 * ranks > E:
+        return key_TE.sort(dim=-1, descending=True, stable=True).indices[:, :ranks]
+    # topk is faster but leaves the order of ties open: rows that have one among their best are sorted after all.
+    best_TR, ranking_TR = key_TE.topk(ranks + 1)
+    tied = (best_TR[:, 1:] == best_TR[:, :-1]).any(-1).nonzero().flatten()
+    ranking_TR = ranking_TR[:, :ranks]
+    if len(tied):
+        ranking_TR[tied] = key_TE[tied].sort(dim=-1, descending=True, stable=True).indices[:, :ranks]
+    return ranking_TR
 
 
 def _within_groups(ranking_TE: Tensor, choice_TE: Tensor, num_groups: int, group_top_k: int) -> Tensor:
@@ -149,20 +183,24 @@ def _within_groups(ranking_TE: Tensor, choice_TE: Tensor, num_groups: int, group
 
 
 def _serve(
-    first_TK: Tensor, ranking_TC: Tensor, score_TE: Tensor, by_probability: bool, capacity: int, max_reroutes: int
+    first_TK: Tensor,
+    candidates: Callable[[Tensor, int], Tensor],
+    score_TE: Tensor,
+    by_probability: bool,
+    capacity: int,
+    max_reroutes: int,
 ) -> Tensor:
     """Rounds of requests until nothing is pending → the expert that each request is held by, or −1.
 
     A request's number is slot · T + token: rising numbers are the order of (slot, token).
     """
     (T, K), E = first_TK.shape, score_TE.shape[1]
-    candidates = ranking_TC.shape[1]
     asked_N = first_TK.T.flatten().long()
     held_N = torch.full_like(asked_N, -1)
     pending = (asked_N >= 0).nonzero().flatten()
     room_E = torch.full((E,), capacity, device=first_TK.device)
     next_rank_T = torch.full((T,), K, device=first_TK.device)
-    for _ in range(max_reroutes + 1):
+    for round_ in range(max_reroutes + 1):
         if not len(pending):
             break
         served = pending
@@ -178,14 +216,19 @@ def _serve(
         room_E -= torch.minimum(count_E, room_E)
 
         rejected = served[~accepted]
+        if round_ == max_reroutes or not len(rejected):
+            break
         rejected = rejected[(rejected % T * K + rejected // T).sort().indices]  # by token, lower slots first
         token = rejected % T
         count_T = torch.bincount(token, minlength=T)
         turn = torch.arange(len(rejected), device=rejected.device) - (count_T.cumsum(0) - count_T)[token]
         rank = next_rank_T[token] + turn
         next_rank_T += count_T
-        moved = rank < candidates
-        asked_N[rejected[moved]] = ranking_TC[token[moved], rank[moved]]
+        if round_ == 0:  # only these tokens will ever ask on
+            ranking_RC = candidates(count_T.nonzero().flatten(), E)
+            row_T = (count_T > 0).cumsum(0) - 1
+        moved = rank < ranking_RC.shape[1]
+        asked_N[rejected[moved]] = ranking_RC[row_T[token[moved]], rank[moved]]
         pending = rejected[moved].sort().values
     return held_N.view(K, T).T.int().contiguous()
 
