@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ def describe() -> dict[str, Any]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "deepspeed")},
         "python": platform.python_version(),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _module() -> str:
@@ -41,6 +48,12 @@ def spread(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles of a list of times, in milliseconds."""
     first, median, third = statistics.quantiles(seconds, n=4)
     return {"median_ms": 1e3 * median, "q1_ms": 1e3 * first, "q3_ms": 1e3 * third}
+
+
+def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of paired times."""
+    first, median, third = statistics.quantiles([a / b for a, b in zip(numerators, denominators, strict=True)], n=4)
+    return {"median": median, "q1": first, "q3": third}
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

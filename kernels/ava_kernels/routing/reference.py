@@ -85,7 +85,8 @@ def forward(
     if normalize:
         weight_TK = weight_TK * _inverse_sum(score_TK)
 
-    by_expert_N = torch.where(kept_TK, expert_TK, E).flatten().sort(stable=True).indices
+    by_expert_N = torch.where(kept_TK, expert_TK, E).flatten().sort(stable=True).indices.int()
+    token_N = by_expert_N // top_k
     offsets = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     offsets[1:] = torch.bincount(expert_TK[kept_TK], minlength=E).cumsum(0)
     return Outputs(
@@ -96,8 +97,8 @@ def forward(
         mean_prob=probs_TE.sum(0) / max(T, 1),
         requested=requested_E.int(),
         offsets=offsets,
-        token=(by_expert_N // top_k).int(),
-        slot=(by_expert_N % top_k).int(),
+        token=token_N,
+        slot=by_expert_N - token_N * top_k,
         rerouted=(kept_TK & (expert_TK != first_TK)).sum(),
         dropped=(~kept_TK).sum(),
     )
