@@ -108,15 +108,19 @@ def ranking(row, scores, bias, num_groups, group_top_k, number) -> list[int]:
     experts = range(len(row))
     biased = [number(x) for x in scores]
     if bias is not None:
-        bias = [number(-math.inf if math.isnan(b) else b) for b in bias]
-        biased = [x + b for x, b in zip(biased, bias, strict=True)]
+        # The range of finite numbers is not left, so that groups with a shut expert still compare; NaN shuts too.
+        limits = np.finfo(number)
+        for e in experts:
+            b = number(-math.inf if math.isnan(bias[e]) else bias[e])
+            biased[e] = min(max(biased[e] + b, limits.min), limits.max)
     if num_groups is not None:
         size = len(row) // num_groups
         members = [[e for e in experts if e // size == group] for group in range(num_groups)]
         worth = [number(0)] * num_groups
         for group in range(num_groups):
             for value in sorted((biased[e] for e in members[group]), reverse=True)[:2]:
-                worth[group] += value
+                with np.errstate(over="ignore"):  # two shut experts are worth −Inf
+                    worth[group] += value
         best = sorted(range(num_groups), key=lambda group: (-worth[group], group))[:group_top_k]
         experts = [e for group in best for e in members[group]]
     value = row if bias is None else biased

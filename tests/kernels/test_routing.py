@@ -6,7 +6,6 @@ Every backend is held to the same: plain PyTorch, and the Triton kernels in Trit
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
@@ -21,22 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_oracle import asks, decide
 
-pytestmark = pytest.mark.usefixtures("small_and_seeded")
+pytestmark = [
+    pytest.mark.usefixtures("small_and_seeded"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # of NaN and Inf
+]
 
 DECISIONS = ("expert", "requested", "offsets", "token", "slot", "rerouted", "dropped")
 FLOATS = ("weight", "probs", "lse", "mean_prob")
 
 
-@pytest.fixture
-def triton_backend(monkeypatch):
-    pytest.importorskip("triton")
-    if importlib.util.find_spec("ava_kernels.routing.kernels") is None:
-        pytest.skip("there are no Triton kernels for routing yet")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was told not to interpret")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
-
-
+# Where no inputs are named as too slow for the interpreter, a test takes this fixture and runs on both backends.
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
     if request.param == "triton":
@@ -45,9 +38,32 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def examples(backend, count):
-    """The interpreter takes many times as long, so it gets fewer examples."""
-    count = count if backend == "torch" else count // 10
+@pytest.fixture
+def triton_backend(monkeypatch):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was told not to interpret")
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
+
+
+@pytest.fixture
+def small_blocks(triton_backend, monkeypatch):
+    """The kernels cut everything into blocks so small that few tokens and experts need many."""
+    import triton.language as tl
+    from ava_kernels.routing import kernels, rounds
+
+    for name, size in {"TOKENS": 4, "PAIRS": 8, "ROUND_TOKENS": 4, "ELEMENTS": 16, "COLUMNS": 4, "ROWS": 2}.items():
+        monkeypatch.setattr(kernels, name, size)
+    monkeypatch.setattr(rounds, "SPAN", tl.constexpr(4))
+
+
+def backends(**by_backend):
+    """Parametrises `backend` and `case`: backends(torch=[…], triton=[…])."""
+    pairs = [(name, case) for name, cases in by_backend.items() for case in cases]
+    return pytest.mark.parametrize(("backend", "case"), pairs, indirect=["backend"])
+
+
+def examples(count):
     return settings(max_examples=count, deadline=None, derandomize=True)
 
 
@@ -95,7 +111,7 @@ def problems(draw):
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }
     if draw(st.booleans()):
-        bias = st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.1, math.nan, -math.inf])
+        bias = st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.1, math.nan, -math.inf, math.inf])
         bias_dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
         options["expert_bias"] = torch.tensor(draw(st.lists(bias, min_size=experts, max_size=experts))).to(bias_dtype)
     if draw(st.booleans()):
@@ -155,7 +171,7 @@ def check_numbers(routing, problem):
 
 
 def test_decisions_and_numbers_are_the_oracles(backend):
-    @examples(backend, 400)
+    @examples(250 if backend == "torch" else 12)
     @given(problems())
     def holds(problem):
         routing = route(problem.logits, problem.top_k, **problem.options)
@@ -185,19 +201,33 @@ CASES = {
     "no_power_of_two": large(37, 23, 5, capacity=9, dtype=torch.bfloat16),
     "all_alike": Problem(torch.tensor([0.0, 2.0, 1.0, 3.0, -1.0]).expand(30, 5), 2, {"capacity": 12}),
     "all_alike_and_exactly_full": Problem(torch.tensor([0.0, 2.0, 1.0, 3.0]).expand(8, 4), 3, {"capacity": 6}),
-    "all_equal": Problem(torch.zeros(50, 10), 3, {"capacity": 15, "priority": "probability"}),
+    "all_equal": Problem(torch.zeros(20, 4), 3, {"capacity": 15, "priority": "probability"}),
     "every_expert": large(30, 8, 8, capacity=20),
     "most_experts_and_choices": large(3, 1024, 32, capacity=1),
     "one_of_everything": large(1, 1, 1, capacity=1),
     "no_tokens": large(0, 5, 2, capacity=3),
     "no_room": large(9, 5, 2, capacity=0),
-    "many_tokens": large(1500, 3, 1, capacity=500),
+    "many_tokens": large(1100, 3, 1, capacity=400),
+    "many_tokens_probability": large(2100, 2, 1, capacity=1090, priority="probability"),
+    "two_blocks_unlimited": large(70, 20, 2),
+    "wide": large(2, 70, 9, capacity=1),
+    "groups_without_bias": large(9, 12, 3, capacity=4, num_groups=4, group_top_k=2),
+    "groups_of_one": large(9, 5, 2, capacity=4, num_groups=5, group_top_k=3, expert_bias=torch.linspace(0.1, 0, 5)),
+    "groups_shut": Problem(  # a group with an open expert is worth more than one without
+        torch.zeros(3, 4), 1, {"num_groups": 2, "group_top_k": 1, "expert_bias": torch.tensor([-math.inf] * 3 + [0.0])}
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_larger_cases_are_the_oracles(backend, name):
-    problem = CASES[name]
+IN_THE_INTERPRETER = [  # which is slow; `small_blocks` is how it comes to many blocks
+    "all_alike", "all_alike_and_exactly_full", "all_equal", "every_expert", "one_of_everything", "no_tokens", "no_room",
+    "two_blocks_unlimited", "wide", "groups_without_bias", "groups_of_one", "groups_shut",
+]  # fmt: skip
+
+
+@backends(torch=CASES, triton=IN_THE_INTERPRETER)
+def test_larger_cases_are_the_oracles(backend, case):
+    problem = CASES[case]
     routing = route(problem.logits, problem.top_k, **problem.options)
     check_decision(routing, problem)
     check_numbers(routing, problem)
@@ -242,12 +272,11 @@ def test_ranks_by_logits_where_scores_have_run_out_of_digits(backend):
     assert route(logits, 4, score="sigmoid").expert.tolist() == [[3, 1, 2, 0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("dtype", "score"), [(torch.bfloat16, "softmax"), (torch.float16, "sigmoid")])
 def test_low_precision_logits_route_as_their_float32_values(backend, dtype, score):
-    low = torch.randn(19, 6).to(dtype).requires_grad_()
+    low = torch.randn(6, 4).to(dtype).requires_grad_()
     full = low.detach().float().requires_grad_()
-    options = {"capacity": 7, "score": score, "priority": "probability", "expert_bias": torch.randn(6) / 10}
+    options = {"capacity": 4, "score": score, "priority": "probability", "expert_bias": torch.randn(4) / 10}
     of_low, of_full = route(low, 2, **options), route(full, 2, **options)
     for name, value in fields(of_full).items():
         assert torch.equal(getattr(of_low, name), value), name
@@ -257,9 +286,8 @@ def test_low_precision_logits_route_as_their_float32_values(backend, dtype, scor
     assert torch.equal(low.grad, full.grad.to(dtype))
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_same_input_same_bits(backend, score):
-    problem = large(60, 16, 4, capacity=16, score=score)
+def test_same_input_same_bits(backend):
+    problem = large(20, 8, 3, capacity=8)
     results = []
     for _ in range(2):
         logits = problem.logits.clone().requires_grad_()
@@ -270,37 +298,32 @@ def test_same_input_same_bits(backend, score):
         assert torch.equal(first, second)
 
 
-# Inputs that leave no choice to the last bit of a score: by logits alone, or scores that lie far apart.
-SETTLED = {
-    name: problem
-    for name, problem in CASES.items()
-    if "expert_bias" not in problem.options and "priority" not in problem.options
-}
-SPREAD = torch.linspace(-3, 3, 96)[torch.randperm(96, generator=torch.Generator().manual_seed(5))].reshape(12, 8)
-SETTLED["spread_out"] = Problem(
-    SPREAD,
-    3,
-    {
-        "capacity": 4,
-        "priority": "probability",
-        "score": "sigmoid",
-        "expert_bias": torch.linspace(0.1, -0.2, 8),
-        "num_groups": 4,
-        "group_top_k": 2,
-    },
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"capacity": 5},
+        {
+            "capacity": 4,
+            "priority": "probability",
+            "score": "sigmoid",
+            "expert_bias": torch.linspace(0.1, -0.2, 6),
+            "num_groups": 3,
+            "group_top_k": 2,
+        },
+    ],
 )
-
-
-@pytest.mark.parametrize("name", SETTLED)
-def test_kernels_and_reference_agree(monkeypatch, triton_backend, name):
-    problem = SETTLED[name]
-    kernels = route(problem.logits, problem.top_k, **problem.options)
+def test_kernels_and_reference_agree(monkeypatch, small_blocks, options):
+    """In whole blocks and many; the scores are so far apart that their last bits decide nothing."""
+    logits = torch.linspace(-3, 3, 66)[torch.randperm(66)].reshape(11, 6)
+    kernels = route(logits, 3, **options)
+    check_decision(kernels, Problem(logits, 3, options))
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
-    reference = route(problem.logits, problem.top_k, **problem.options)
+    reference = route(logits, 3, **options)
     for field in DECISIONS:
         assert torch.equal(getattr(kernels, field), getattr(reference, field)), field
     for field in FLOATS:
-        torch.testing.assert_close(getattr(kernels, field), getattr(reference, field), rtol=2e-6, atol=1e-6, msg=field)
+        torch.testing.assert_close(getattr(kernels, field), getattr(reference, field), rtol=1e-6, atol=1e-7, msg=field)
 
 
 def test_the_kernels_run_where_asked(monkeypatch, triton_backend):
@@ -342,8 +365,8 @@ def crowds(draw):
     return Problem(logits, top_k, options)
 
 
-def test_invariants(backend):
-    @examples(backend, 200)
+def test_invariants():
+    @examples(200)
     @given(crowds(), st.none() | st.integers(0, 4))
     def holds(problem, max_reroutes):
         logits, top_k, options = problem
@@ -395,7 +418,7 @@ def test_invariants(backend):
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_losses_are_the_formulas(score):
-    @examples("torch", 60)
+    @examples(60)
     @given(problems())
     def holds(problem):
         logits = torch.where(problem.logits.isfinite(), problem.logits, 1.0).double()
@@ -478,28 +501,34 @@ def losses_of(routing):
     return each
 
 
-def gradients(logits, make_routing):
+def gradients(logits, make_routing, monkeypatch, backend):
+    """Each loss's gradient, in float64. Only the backward pass is the backend's: the interpreter is slow."""
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
     logits = logits.clone().requires_grad_()
     each = losses_of(make_routing(logits))
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", backend)
     return {name: torch.autograd.grad(loss, logits, retain_graph=True)[0].double() for name, loss in each.items()}
 
 
-@pytest.mark.parametrize("options", GRADIENT_OPTIONS)
+@backends(torch=GRADIENT_OPTIONS, triton=["dropped", "nothing_kept"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_gradients_are_the_formulas(monkeypatch, backend, score, normalize, options):
+def test_gradients_are_the_formulas(monkeypatch, request, backend, case, score, normalize):
+    if backend == "triton" and case == "dropped":
+        request.getfixturevalue("small_blocks")
     logits = torch.cat([torch.randn(12, 6), torch.tensor(HOSTILE_ROWS)])
     weighing = {"score": score, "normalize": normalize, "scale": 1.5}
 
     def ours(x):
-        return route(x, 3, **weighing, **GRADIENT_OPTIONS[options])
+        return route(x, 3, **weighing, **GRADIENT_OPTIONS[case])
 
-    routing = ours(logits)
-    exact = gradients(logits.double(), lambda x: formula(x, routing, **weighing))
-    single = gradients(logits, ours)
-    double = gradients(logits.double(), ours)
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
-    reference = gradients(logits, ours)
+    def exactly(x):
+        return formula(x, ours(x.detach()), **weighing)
+
+    exact = gradients(logits.double(), exactly, monkeypatch, backend)
+    double = gradients(logits.double(), ours, monkeypatch, backend)
+    reference = gradients(logits, ours, monkeypatch, "torch")
+    single = gradients(logits, ours, monkeypatch, backend)
     for name in exact:
         torch.testing.assert_close(double[name], exact[name], rtol=1e-11, atol=1e-13, msg=name)
         assert not single[name][12:15].any()
@@ -514,7 +543,7 @@ def test_gradients_are_the_formulas(monkeypatch, backend, score, normalize, opti
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_gradcheck(score, normalize, options):
-    logits = torch.cat([torch.randn(5, 6), torch.tensor(HOSTILE_ROWS[:2])]).double().requires_grad_()
+    logits = torch.cat([torch.randn(3, 6), torch.tensor(HOSTILE_ROWS[:1])]).double().requires_grad_()
 
     def differentiable(x):
         routing = route(x, 2, score=score, normalize=normalize, scale=1.5, **GRADIENT_OPTIONS[options])
@@ -546,50 +575,52 @@ def test_extreme_logits_give_finite_gradients(backend, score):
 # --- As a torch operation ---
 
 
-@pytest.mark.parametrize("T", [0, 1, 7])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        # expert_bias, top_k, capacity, max_reroutes, by_probability, sigmoid, normalize, num_groups, group_top_k, scale
-        (None, 2, None, 0, False, False, True, 1, 1, 1.0),
-        (torch.tensor([0.1, 0.0, -0.1, 0.2]), 3, 4, 4, False, True, False, 1, 1, 2.5),
-        (torch.tensor([0.1, 0.0, -0.1, 0.2]), 2, 2, 1, True, True, True, 2, 1, 1.0),
-    ],
-)
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck_route(backend, T, arguments, requires_grad):
-    logits = torch.randn(T, 4, requires_grad=requires_grad)
+ROUTE_ARGUMENTS = [
+    # expert_bias, top_k, capacity, max_reroutes, by_probability, sigmoid, normalize, num_groups, group_top_k, scale
+    (None, 2, None, 0, False, False, True, 1, 1, 1.0),
+    (torch.tensor([0.1, 0.0, -0.1, 0.2]), 3, 4, 4, False, True, False, 1, 1, 2.5),
+    (torch.tensor([0.1, 0.0, -0.1, 0.2]), 2, 2, 1, True, True, True, 2, 1, 1.0),
+]
+
+
+@backends(torch=itertools.product([0, 1, 7], range(len(ROUTE_ARGUMENTS))), triton=[(0, 1), (3, 0), (2, 2)])
+def test_opcheck_route(backend, case):
+    T, which = case
+    logits, arguments = torch.randn(T, 4), ROUTE_ARGUMENTS[which]
+    torch.library.opcheck(torch.ops.ava_kernels.route.default, (logits, *arguments))
     # With a gradient, opcheck's check of tracing adds up the outputs in place, and cannot add a float output to an
     # integer one before it; `test_compiles_whole_and_equal` checks the same.
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    checks = checks if requires_grad else "ALL"
-    torch.library.opcheck(torch.ops.ava_kernels.route.default, (logits, *arguments), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.ava_kernels.route.default,
+        (logits.requires_grad_(), *arguments),
+        test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
+    )
 
 
-@pytest.mark.parametrize("T", [0, 1, 7])
-@pytest.mark.parametrize("sigmoid", [True, False])
+@backends(torch=[0, 1, 7], triton=[0, 3])
 @pytest.mark.parametrize(
-    "given_grads", [(True, True, True, True), (True, False, False, False), (False, True, True, False)]
+    ("sigmoid", "given_grads"),
+    [(True, (True, True, True, True)), (False, (True, False, False, False)), (False, (False, True, True, False))],
 )
-def test_opcheck_route_backward(backend, T, sigmoid, given_grads):
-    logits = torch.randn(T, 4)
-    routing = route(logits, 2, capacity=3, score="sigmoid" if sigmoid else "softmax")
+def test_opcheck_route_backward(backend, case, sigmoid, given_grads):
+    logits = torch.randn(case, 4)
+    routing = route(logits, 2, score="sigmoid" if sigmoid else "softmax")
+    routing = dataclasses.replace(routing, expert=routing.expert.masked_fill(routing.expert == 0, -1))
     outputs = [getattr(routing, name) for name in FLOATS]
     grads = [torch.randn_like(out) if wanted else None for out, wanted in zip(outputs, given_grads, strict=True)]
     arguments = (logits if sigmoid else None, routing.probs, routing.lse, routing.expert, *grads, sigmoid, True, 1.5)
     torch.library.opcheck(torch.ops.ava_kernels.route_backward.default, arguments)
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_compiles_whole_and_equal(backend, score, dynamic):
+@backends(torch=["softmax", "sigmoid"], triton=["softmax"])
+def test_compiles_whole_and_equal(backend, case):
     def step(logits, bias):
-        routing = route(logits, 3, capacity=8, score=score, expert_bias=bias)
+        routing = route(logits, 2, capacity=4, score=case, expert_bias=bias)
         loss = routing.weight.square().sum() + load_balancing_loss(routing) + 0.1 * router_z_loss(routing)
         return loss + 0.1 * router_z_loss(logits), *fields(routing).values()
 
-    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for tokens in (17, 23):
+    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=case == "sigmoid")
+    for tokens in (11,) if case == "softmax" else (11, 14):
         results = []
         for function in (step, compiled_step):
             logits = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(3), requires_grad=True)
