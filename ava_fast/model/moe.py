@@ -87,7 +87,7 @@ class MoeBlock(nn.Module):
         if self.shared is not None:
             shared_TM = self.shared(x_TM)
             out_TM = out_TM + (shared_TM if self.shared_gate is None else self.shared_gate(x_TM).sigmoid() * shared_TM)
-        return out_TM.view_as(x_BSM), _routed(routing)
+        return out_TM.view_as(x_BSM), _routed(routing, logits_TE, moe.score == "sigmoid")
 
     def _capacity(self, T: int) -> int | None:
         moe = self.config
@@ -106,11 +106,14 @@ def update_expert_biases(model: nn.Module, requested_LE: Tensor) -> None:
             update_expert_bias(block.expert_bias, requested_E, block.config.expert_bias_rate)
 
 
-def _routed(routing: Routing) -> Routed:
+def _routed(routing: Routing, logits_TE: Tensor, sigmoid: bool) -> Routed:
     with torch.no_grad():
         score_TE, requests = routing.probs, routing.expert.numel()
-        probs_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
-        entropy_T = torch.special.entr(probs_TE).sum(-1)
-        entropy = entropy_T.mean() / math.log(max(2, score_TE.shape[1]))
+        if sigmoid:
+            share_TE = score_TE / score_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(score_TE.dtype).tiny)
+            entropy_T = torch.special.entr(share_TE).sum(-1)
+        else:
+            entropy_T = routing.lse - torch.linalg.vecdot(score_TE, logits_TE)  # −Σ p log p, in one pass
+        entropy = entropy_T.nanmean() / math.log(max(2, score_TE.shape[1]))
         rerouted, dropped = routing.rerouted / requests, routing.dropped / requests
     return Routed(load_balancing_loss(routing), router_z_loss(routing), entropy, rerouted, dropped, routing.requested)
