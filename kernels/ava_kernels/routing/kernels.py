@@ -5,6 +5,8 @@
     _sum_columns   by block of experts: prefix sums of the counts over the blocks of tokens
     _place         by block of tokens: where its pairs come in expert order, and their weights
 
+The same counting sort is there for any keys: _count_keys, _sum_columns, _order_keys.
+
 Every sum has a fixed order and atomics only add integers, so the same input gives the same bits. Traffic for float32
 logits without a capacity: 8·T·E bytes forward (logits in, probs out) and 8·T·E backward, besides O(T·K).
 
@@ -212,6 +214,28 @@ def backward(
     return dlogits
 
 
+def counting_sort(key: Tensor, bins: int, counts_only: bool) -> tuple[Tensor, Tensor]:
+    """The custom op of this name in three launches, without the order in two. 4·N bytes of scratch hold the bins."""
+    N = len(key)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=key.device)
+
+    order, total = empty(0 if counts_only else N), empty(bins)
+    if N == 0:
+        return order, total.zero_()
+    P = min(PAIRS, triton.next_power_of_2(N))
+    blocks, BINS = triton.cdiv(N, P), triton.next_power_of_2(bins)
+    bin, count = None if counts_only else empty(N), empty(blocks, bins)
+    _count_keys[(blocks,)](key, key.stride(0), bin, count, N, bins, BINS=BINS, P=P, num_warps=8)
+    _sum_columns[(triton.cdiv(bins, COLUMNS),)](
+        count, count, None, None, total, None, N, bins, blocks, SHARED=True, C=COLUMNS, ROWS=ROWS
+    )
+    if not counts_only:
+        _order_keys[(blocks,)](bin, count, total, order, N, bins, BINS=BINS, P=P, num_warps=8)
+    return order, total
+
+
 def _layout(E: int, num_groups: int) -> dict[str, int]:
     return {
         "GROUPS": triton.next_power_of_2(num_groups),
@@ -302,8 +326,8 @@ def _select(
 def _sum_columns(
     count_ptr,
     held_ptr,  # the same as count where SHARED
-    mass_ptr,
-    requested_ptr,
+    mass_ptr,  # may be None, with mean_prob
+    requested_ptr,  # may be None where SHARED
     total_ptr,  # (E,): how many pairs each expert holds
     mean_prob_ptr,
     T,
@@ -322,14 +346,17 @@ def _sum_columns(
         row = start + tl.arange(0, ROWS)
         at = row[:, None].to(tl.int64) * E + column_C[None, :]
         here = (row[:, None] < blocks) & (column_C[None, :] < E)
-        mass_C += tl.sum(tl.load(mass_ptr + at, mask=here, other=0.0), axis=0)
+        if mass_ptr is not None:
+            mass_C += tl.sum(tl.load(mass_ptr + at, mask=here, other=0.0), axis=0)
         if not SHARED:
             requested_C += tl.sum(tl.load(count_ptr + at, mask=here, other=0), axis=0)
     total_C = sorting.prefix_sums(held_ptr, blocks, first, E, C, ROWS)
     here_C = column_C < E
-    tl.store(mean_prob_ptr + column_C, mass_C / T, mask=here_C)
     tl.store(total_ptr + column_C, total_C, mask=here_C)
-    tl.store(requested_ptr + column_C, total_C if SHARED else requested_C, mask=here_C)
+    if mass_ptr is not None:
+        tl.store(mean_prob_ptr + column_C, mass_C / T, mask=here_C)
+    if requested_ptr is not None:
+        tl.store(requested_ptr + column_C, total_C if SHARED else requested_C, mask=here_C)
 
 
 @triton.jit
@@ -357,24 +384,17 @@ def _place(
 
     # Kept pairs go to their expert's rows, dropped ones behind all of them.
     start = block * B * top_k
+    here = tl.minimum(pairs - start, B * top_k)
+    to_P, end_E = sorting.places(expert_ptr, held_ptr + block * E, total_ptr, start, here, E, BINS, B * K)
     place_P = tl.arange(0, B * K)
-    here_P = (place_P < B * top_k) & (start + place_P < pairs)
-    expert_P = tl.load(expert_ptr + start + place_P, mask=here_P, other=-2)
-    bin_E = tl.arange(0, BINS)
-    total_E = tl.load(total_ptr + bin_E, mask=bin_E < E, other=0)
-    before_E = tl.load(held_ptr + block * E + bin_E, mask=bin_E < E, other=0)
-    end_E = tl.cumsum(total_E, axis=0)
-    kept = tl.sum(total_E, axis=0)
-    base_P = tl.gather(end_E - total_E + before_E, tl.maximum(expert_P, 0), 0)
-    base_P = tl.where(expert_P >= 0, base_P, kept + start - tl.sum(before_E, axis=0))
-    to_P = base_P + sorting.ranks(expert_P, expert_ptr + start, tl.minimum(pairs - start, B * top_k), B * K)
     pair_P = start + place_P
-    tl.store(token_ptr + to_P, (pair_P // top_k).to(tl.int32), mask=here_P)
-    tl.store(slot_ptr + to_P, (pair_P % top_k).to(tl.int32), mask=here_P)
+    tl.store(token_ptr + to_P, (pair_P // top_k).to(tl.int32), mask=place_P < here)
+    tl.store(slot_ptr + to_P, (pair_P % top_k).to(tl.int32), mask=place_P < here)
     if block == 0:
+        bin_E = tl.arange(0, BINS)
         tl.store(offsets_ptr + 1 + bin_E, end_E, mask=bin_E < E)
         tl.store(offsets_ptr, 0)
-        tl.store(dropped_ptr, pairs - kept)
+        tl.store(dropped_ptr, pairs - tl.max(end_E, axis=0))
 
     token_B = block * B + tl.arange(0, B)
     slot_K = tl.arange(0, K)
@@ -385,6 +405,29 @@ def _place(
     if NORMALIZE:
         weight_BK = weight_BK * _inverse(tl.sum(weight_BK, axis=1))[:, None]
     tl.store(weight_ptr + at_BK, weight_BK * scale, mask=here_BK)
+
+
+@triton.jit
+def _count_keys(key_ptr, stride, bin_ptr, count_ptr, N, bins, BINS: tl.constexpr, P: tl.constexpr):
+    """bin (N,): the key, or −1 where it is in no bin; count (blocks, bins): how often a block's keys are in each."""
+    block = tl.program_id(0).to(tl.int64)
+    at_P = block * P + tl.arange(0, P)
+    key_P = tl.load(key_ptr + at_P * stride, mask=at_P < N, other=-1)
+    bin_P = tl.where((key_P >= 0) & (key_P < bins), key_P, -1).to(tl.int32)
+    if bin_ptr is not None:
+        tl.store(bin_ptr + at_P, bin_P, mask=at_P < N)
+    bin_E = tl.arange(0, BINS)
+    tl.store(count_ptr + block * bins + bin_E, sorting.count(bin_P, BINS), mask=bin_E < bins)
+
+
+@triton.jit
+def _order_keys(bin_ptr, count_ptr, total_ptr, order_ptr, N, bins, BINS: tl.constexpr, P: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    start = block * P
+    here = tl.minimum(N - start, P)
+    to_P, _ = sorting.places(bin_ptr, count_ptr + block * bins, total_ptr, start, here, bins, BINS, P)
+    place_P = tl.arange(0, P)
+    tl.store(order_ptr + to_P, (start + place_P).to(tl.int32), mask=place_P < here)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The public routing operations: `route`, the losses that keep it balanced, and the expert bias.
+"""The public routing operations: `route`, the losses that keep it balanced, the expert bias, and a counting sort.
 
 `route` is one custom op with one custom op for its gradient; both are opaque to torch.compile. On CUDA tensors they
 launch the kernels of `kernels.py`, elsewhere they run `reference.py`, which is also the definition.
@@ -305,3 +305,36 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _route.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ava_kernels::counting_sort", mutates_args=())
+def counting_sort(key: Tensor, bins: int, counts_only: bool = False) -> tuple[Tensor, Tensor]:
+    """Where the keys come from in their stable order, and how often each of 0 … bins−1 occurs.
+
+    key (N,), int16, int32 or int64 of any stride, 1 ≤ bins ≤ 1024 → order (N,) int32, empty if `counts_only`, and count
+    (bins,) int32. Keys outside 0 … bins−1 are not counted and come last, in their own order. Never waits for the
+    device. Raises ValueError for other shapes, dtypes and sizes.
+    """
+    if key.dim() != 1 or key.dtype not in (torch.int16, torch.int32, torch.int64) or len(key) >= 2**31:
+        raise ValueError(
+            f"key is {key.dtype} of shape {tuple(key.shape)}; it must be int16, int32 or int64 (N,), N < 2³¹"
+        )
+    if not 1 <= bins <= MAX_EXPERTS:
+        raise ValueError(f"bins is {bins}; it must lie between 1 and {MAX_EXPERTS}")
+    if runs_on_triton(key):
+        from ava_kernels.routing import kernels
+
+        return kernels.counting_sort(key, bins, counts_only)
+    bin_N = torch.where((key >= 0) & (key < bins), key, bins).long()
+    order_N = bin_N[:0] if counts_only else bin_N.sort(stable=True).indices
+    count = torch.zeros(bins + 1, dtype=torch.int32, device=key.device)
+    count.scatter_add_(0, bin_N, torch.ones_like(bin_N, dtype=torch.int32))
+    return order_N.int(), count[:bins]
+
+
+@counting_sort.register_fake
+def _(key: Tensor, bins: int, counts_only: bool = False) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(0 if counts_only else len(key), dtype=torch.int32, device=key.device),
+        torch.empty(bins, dtype=torch.int32, device=key.device),
+    )

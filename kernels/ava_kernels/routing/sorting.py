@@ -1,4 +1,4 @@
-"""The counting sort that routing is made of: counts per block, prefix sums over blocks, ranks within each block.
+"""The counting sort that routing is made of: counts per block, prefix sums over blocks, places within each block.
 
 A pair goes behind the pairs of earlier blocks at the same expert, and behind the earlier pairs of its own block: the
 order is stable, and nothing is compared but expert numbers for equality.
@@ -46,3 +46,22 @@ def ranks(expert_P, block_ptr, pairs, P: tl.constexpr):
         same = (expert[None, :] == expert_P[:, None]) & (place[None, :] < place_P[:, None])
         rank_P += tl.sum(same.to(tl.int32), axis=1)
     return rank_P
+
+
+@triton.jit
+def places(expert_ptr, before_ptr, total_ptr, start, pairs, E, BINS: tl.constexpr, P: tl.constexpr):
+    """→ where the pairs start … start+pairs of a block come in the order of their experts (P,), and the experts' ends.
+
+    before (E,): how many pairs of earlier blocks each expert has, total (E,): of all. Pairs without an expert (−1) come
+    behind all others; `start` counts all pairs of earlier blocks, with these.
+    """
+    place_P = tl.arange(0, P)
+    expert_P = tl.load(expert_ptr + start + place_P, mask=place_P < pairs, other=-2)
+    bin_E = tl.arange(0, BINS)
+    total_E = tl.load(total_ptr + bin_E, mask=bin_E < E, other=0)
+    before_E = tl.load(before_ptr + bin_E, mask=bin_E < E, other=0)
+    end_E = tl.cumsum(total_E, axis=0)
+    base_P = tl.gather(end_E - total_E + before_E, tl.maximum(expert_P, 0), 0)
+    behind = tl.sum(total_E, axis=0) + start - tl.sum(before_E, axis=0)
+    base_P = tl.where(expert_P >= 0, base_P, behind)
+    return base_P + ranks(expert_P, expert_ptr + start, pairs, P), end_E
