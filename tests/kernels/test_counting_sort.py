@@ -75,6 +75,13 @@ def test_operator_is_registered_in_full(backend):
     torch.library.opcheck(torch.ops.ava_kernels.counting_sort, (key.short()[::2], 4, True))
 
 
+def test_plain_torch_reads_nothing_from_a_device(monkeypatch):
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    key = torch.zeros(9, dtype=torch.int32, device="meta")  # there is nothing to read
+    order, count = counting_sort._init_fn(key, 4)  # the function behind the operator, which would not run it
+    assert (order.shape, count.shape) == ((9,), (4,))
+
+
 @pytest.mark.parametrize(
     ("key", "bins", "message"),
     [

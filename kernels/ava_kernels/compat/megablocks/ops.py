@@ -4,7 +4,8 @@
         bin_ids, indices = sort(experts)                  # experts (N,), of token t from t·K on
         bins = inclusive_cumsum(histogram(experts, E), 0)   # (E,): where each expert's pairs end
 
-Gradients flow through x and weights, once. No operation waits for the device; all give the same bits every time.
+Gradients flow through x and weights, once. No operation waits for the device; all give the same bits every time. On
+CUDA tensors our Triton kernels do the work, apart from sums and indices.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_kernels.experts.rows import dot_rows, sum_rows, take_rows
+from ava_kernels.routing.op import MAX_EXPERTS, counting_sort
+
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
@@ -21,8 +25,11 @@ def histogram(x: Tensor, max_val: int) -> Tensor:
     """How often each of 0 … max_val−1 occurs in each row; other values are not counted.
 
     x (N,) or (B, N), int16, int32 or int64 → int32 (max_val,) or (B, max_val). Raises ValueError for anything else.
+    Our kernels count an x (N,) with max_val ≤ 1024; anything else is torch's.
     """
     _check_integers("x", x, (1, 2))
+    if x.dim() == 1 and _sortable(x, max_val):
+        return counting_sort(x, max_val, counts_only=True)[1]
     return _count(x, max_val) if x.dim() == 2 else _count(x[None], max_val)[0]
 
 
@@ -31,20 +38,20 @@ def sort(x: Tensor, end_bit: int | None = None) -> tuple[Tensor, Tensor]:
 
     x (N,), int16, int32 or int64. With `end_bit` only that many low bits count, taken as a number ≥ 0. Raises
     ValueError for another dtype or shape, an `end_bit` outside 1 … the dtype's bits, or positions that do not fit into
-    the dtype.
+    the dtype. Our kernels sort by up to 10 bits; more are torch's to sort, and so is x without `end_bit`.
     """
     _check_integers("x", x, (1,))
     info = torch.iinfo(x.dtype)
     if len(x) > info.max + 1:
         raise ValueError(f"x has {len(x)} elements; their positions do not fit into its dtype, {x.dtype}")
-    key = x
+    key, bins = x, 0
     if end_bit is not None:
         if not 1 <= end_bit <= info.bits:
             raise ValueError(f"end_bit is {end_bit}; it must lie between 1 and {info.bits} for {x.dtype}")
         if end_bit < info.bits:
-            key = x & (2**end_bit - 1)
-    order = _stable_order(key)
-    return x[order], order.to(x.dtype)
+            key, bins = x & (2**end_bit - 1), 2**end_bit
+    order = counting_sort(key, bins)[0] if _sortable(key, bins) else key.argsort(stable=True)
+    return x.index_select(0, order), order.to(x.dtype)
 
 
 def inclusive_cumsum(x: Tensor, dim: int) -> Tensor:
@@ -69,7 +76,7 @@ def gather(x: Tensor, indices: Tensor, bin_ids: Tensor, bins: Tensor, top_k: int
     """
     _check_pairs(x, 2, indices, None, top_k)
     _check_tokens(x, indices, top_k)
-    return _Take.apply(x, indices.long(), len(indices), top_k, False)
+    return _Take.apply(x, indices.long(), top_k)
 
 
 def scatter(x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None, bins: Tensor, top_k: int) -> Tensor:
@@ -82,7 +89,7 @@ def scatter(x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None,
     _check_pairs(x, 2, indices, weights, top_k)
     if len(x) != len(indices):
         raise ValueError(f"x has {len(x)} rows, indices has {len(indices)} pairs: there must be a row for each")
-    return _Combine.apply(x, weights, indices.long(), len(indices), top_k, False)
+    return _Combine.apply(x, weights, indices.long(), len(indices), top_k)
 
 
 def binned_gather(x: Tensor, indices: Tensor, bins: Tensor, bin_size: int, top_k: int) -> Tensor:
@@ -96,7 +103,7 @@ def binned_gather(x: Tensor, indices: Tensor, bins: Tensor, bin_size: int, top_k
     if bins.dim() != 1 or bin_size < 0:
         raise ValueError(f"bins has the shape {tuple(bins.shape)}, bin_size is {bin_size}: they must be (E,) and ≥ 0")
     pair_R = _pairs_in_bins(indices.long(), bins.long(), bin_size)
-    return _Take.apply(x, pair_R, len(indices), top_k, True).view(len(bins), bin_size, x.shape[1])
+    return _Take.apply(x, pair_R, top_k).view(len(bins), bin_size, x.shape[1])
 
 
 def binned_scatter(x: Tensor, indices: Tensor, weights: Tensor | None, bins: Tensor, top_k: int) -> Tensor:
@@ -109,7 +116,7 @@ def binned_scatter(x: Tensor, indices: Tensor, weights: Tensor | None, bins: Ten
     if bins.shape != x.shape[:1]:
         raise ValueError(f"bins has the shape {tuple(bins.shape)}, x has {len(x)} bins: there must be an end for each")
     pair_R = _pairs_in_bins(indices.long(), bins.long(), x.shape[1])
-    return _Combine.apply(x.flatten(0, 1), weights, pair_R, len(indices), top_k, True)
+    return _Combine.apply(x.flatten(0, 1), weights, pair_R, len(indices), top_k)
 
 
 def _count(x_BN: Tensor, bins: int) -> Tensor:
@@ -118,8 +125,9 @@ def _count(x_BN: Tensor, bins: int) -> Tensor:
     return count.scatter_add_(1, last, torch.ones_like(last, dtype=torch.int32))[:, :bins].contiguous()
 
 
-def _stable_order(x_N: Tensor) -> Tensor:
-    return x_N.argsort(stable=True)
+def _sortable(key_N: Tensor, bins: int) -> bool:
+    """Whether counting_sort takes it."""
+    return 1 <= bins <= MAX_EXPERTS and len(key_N) < 2**31
 
 
 # Below, R rows each hold one of the N pairs, or none: then the pair's number is N. The other way around a pair is in
@@ -143,68 +151,31 @@ def _rows_of_pairs(pair_R: Tensor, pairs: int, top_k: int) -> Tensor:
     return row.scatter_(0, pair_R, torch.arange(R, device=pair_R.device))[:pairs].view(-1, top_k)
 
 
-def _take(x_TH: Tensor, pair_R: Tensor, top_k: int, padded: bool, weight_N: Tensor | None = None) -> Tensor:
-    """Each row's token, times the pair's weight; 0 in rows that hold none, of which there are some if `padded`."""
-    T, H = x_TH.shape
-    if not T:
-        return x_TH.new_zeros(len(pair_R), H)
-    out_RH = x_TH.index_select(0, (pair_R // top_k).clamp_max(T - 1))
-    if weight_N is not None:
-        out_RH.mul_(weight_N.index_select(0, pair_R.clamp_max(T * top_k - 1))[:, None])
-    return out_RH.masked_fill_((pair_R == T * top_k)[:, None], 0.0) if padded else out_RH
-
-
-def _choice(x_RH: Tensor, row_T: Tensor, padded: bool) -> Tensor:
-    """The rows of every token's k-th pair, (T, H); 0 for a pair that is in none."""
-    R = len(x_RH)
-    out_TH = x_RH.index_select(0, row_T.clamp_max(R - 1))
-    return out_TH.masked_fill_((row_T == R)[:, None], 0.0) if padded else out_TH
-
-
-def _combine(x_RH: Tensor, row_TK: Tensor, padded: bool, weight_N: Tensor | None = None) -> Tensor:
-    """Each token's rows, times their weights, added choice by choice in float32: no (T, K, H) is ever made."""
-    T, K = row_TK.shape
-    out_TH = x_RH.new_zeros(T, x_RH.shape[1], dtype=_sum_dtype(x_RH))
-    for k in range(K if len(x_RH) else 0):
-        rows_TH = _choice(x_RH, row_TK[:, k], padded)
-        if weight_N is None:
-            out_TH += rows_TH
-        else:
-            out_TH.addcmul_(rows_TH, weight_N.view(T, K)[:, k, None])
-    return out_TH.to(x_RH.dtype)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 class _Take(torch.autograd.Function):
     """Tokens → rows. Its gradient is a sum over choices; that of index_select adds in no fixed order on a GPU."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, pair_R: Tensor, pairs: int, top_k: int, padded: bool) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, pair_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(pair_R)
-        ctx.pairs, ctx.top_k, ctx.padded = pairs, top_k, padded
-        return _take(x_TH, pair_R, top_k, padded)
+        ctx.pairs, ctx.top_k = len(x_TH) * top_k, top_k
+        return take_rows(x_TH, pair_R, top_k)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_RH: Tensor) -> tuple[Tensor | None, ...]:
         (pair_R,) = ctx.saved_tensors
-        return _combine(dout_RH, _rows_of_pairs(pair_R, ctx.pairs, ctx.top_k), ctx.padded), None, None, None, None
+        return sum_rows(dout_RH, _rows_of_pairs(pair_R, ctx.pairs, ctx.top_k)), None, None
 
 
 class _Combine(torch.autograd.Function):
     """Rows → tokens."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_RH: Tensor, weight_N: Tensor | None, pair_R: Tensor, pairs: int, top_k: int, padded: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_RH: Tensor, weight_N: Tensor | None, pair_R: Tensor, pairs: int, top_k: int) -> Tensor:
         row_TK = _rows_of_pairs(pair_R, pairs, top_k)
         ctx.save_for_backward(x_RH if ctx.needs_input_grad[1] else None, weight_N, pair_R, row_TK)
-        ctx.top_k, ctx.padded = top_k, padded
-        return _combine(x_RH, row_TK, padded, weight_N)
+        ctx.top_k = top_k
+        return sum_rows(x_RH, row_TK, None if weight_N is None else weight_N.view(row_TK.shape))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -212,14 +183,10 @@ class _Combine(torch.autograd.Function):
         x_RH, weight_N, pair_R, row_TK = ctx.saved_tensors
         dx_RH = dweight_N = None
         if ctx.needs_input_grad[0]:
-            dx_RH = _take(dout_TH, pair_R, ctx.top_k, ctx.padded, weight_N)
+            dx_RH = take_rows(dout_TH, pair_R, ctx.top_k, weight_N)
         if x_RH is not None:
-            dweight_TK = dout_TH.new_zeros(row_TK.shape, dtype=_sum_dtype(dout_TH))
-            for k in range(ctx.top_k if len(x_RH) else 0):
-                rows_TH = _choice(x_RH, row_TK[:, k], ctx.padded).to(dweight_TK.dtype)
-                dweight_TK[:, k] = torch.linalg.vecdot(rows_TH, dout_TH.to(rows_TH.dtype))
-            dweight_N = dweight_TK.flatten().to(weight_N.dtype)
-        return dx_RH, dweight_N, None, None, None, None
+            dweight_N = dot_rows(x_RH, row_TK, dout_TH).flatten().to(weight_N.dtype)
+        return dx_RH, dweight_N, None, None, None
 
 
 def _check_integers(name: str, x: Tensor, dimensions: tuple[int, ...]) -> None:
