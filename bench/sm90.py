@@ -25,6 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
+from ava_kernels.experts import kernels as experts
 from ava_kernels.routing import kernels as routing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -61,6 +62,27 @@ def route(T: int, E: int, K: int, **options: Any) -> Callable[[], None]:
     return run
 
 
+def counting_sort(N: int, bins: int) -> Callable[[], None]:
+    def run() -> None:
+        routing.counting_sort(torch.empty(N, dtype=torch.int32, device="meta"), bins, counts_only=False)
+
+    return run
+
+
+def rows(T: int, K: int, H: int, dtype: torch.dtype, weighted: bool) -> Callable[[], None]:
+    """Tokens to rows and back; with weights, their gradient too."""
+
+    def run() -> None:
+        x, y = torch.empty(T, H, dtype=dtype, device="meta"), torch.empty(T * K, H, dtype=dtype, device="meta")
+        pair, weight = torch.empty(T * K, dtype=torch.int64, device="meta"), torch.empty(T * K, device="meta")
+        experts.take_rows(x, pair, K, weight if weighted else None)
+        experts.sum_rows(y, pair.view(T, K), weight.view(T, K) if weighted else None)
+        if weighted:
+            experts.dot_rows(y, pair.view(T, K), x)
+
+    return run
+
+
 CASES = {
     **{f"route {E}/8": route(32768, E, 8) for E in (64, 128, 256)},
     **{f"route {E}/8, capacity": route(32768, E, 8, capacity=32768 * 8 // E, max_reroutes=E) for E in (64, 128, 256)},
@@ -70,6 +92,9 @@ CASES = {
         capacity=1280, max_reroutes=256,
     ),
     "route 1024/32, capacity": route(4096, 1024, 32, capacity=128, max_reroutes=1024),
+    "counting sort, 128 bins": counting_sort(262144, 128),
+    "rows 2048, bf16": rows(32768, 8, 2048, torch.bfloat16, weighted=False),
+    "rows 2048, bf16, weighted": rows(32768, 8, 2048, torch.bfloat16, weighted=True),
 }  # fmt: skip
 
 
