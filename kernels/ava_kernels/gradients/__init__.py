@@ -1,0 +1,1 @@
+"""Gradient statistics in one pass, and clipping that stays on the device."""
