@@ -33,7 +33,8 @@ def take_rows(x: Tensor, pair: Tensor, top_k: int, weight: Tensor | None = None)
     if runs_on_triton(x):
         from ava_kernels.experts import kernels
 
-        return kernels.take_rows(x, pair, top_k, weight)
+        with torch.cuda.device_of(x):
+            return kernels.take_rows(x, pair, top_k, weight)
     if not N:
         return x.new_zeros(len(pair), H)
     pair_R = pair.clamp(0, N - 1)
@@ -57,7 +58,8 @@ def sum_rows(x: Tensor, row: Tensor, weight: Tensor | None = None) -> Tensor:
     if runs_on_triton(x):
         from ava_kernels.experts import kernels
 
-        return kernels.sum_rows(x, row, weight)
+        with torch.cuda.device_of(x):
+            return kernels.sum_rows(x, row, weight)
     T, K = row.shape
     out_TH = x.new_zeros(T, x.shape[1], dtype=_sum_dtype(x))
     for k in range(K if len(x) else 0):  # no (T, K, H) is ever made
@@ -83,7 +85,8 @@ def dot_rows(x: Tensor, row: Tensor, y: Tensor) -> Tensor:
     if runs_on_triton(x):
         from ava_kernels.experts import kernels
 
-        return kernels.dot_rows(x, row, y)
+        with torch.cuda.device_of(x):
+            return kernels.dot_rows(x, row, y)
     out_TK = x.new_zeros(row.shape, dtype=_sum_dtype(x))
     y_TH = y.to(out_TK.dtype)
     for k in range(row.shape[1] if len(x) else 0):

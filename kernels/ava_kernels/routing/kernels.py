@@ -50,17 +50,13 @@ def forward(
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    # Zeros: rerouted, dropped, the grid's arrivals, each round's pending requests.
-    counters = torch.zeros(4 + max_reroutes, dtype=torch.int64, device=logits.device)
-    rerouted, dropped, arrivals, pending = counters[0], counters[1], counters[2], counters[3:]
     probs, lse, mean_prob = (empty(*shape, dtype=torch.float32) for shape in ((T, E), (T,), (E,)))
     expert, weight = empty(T, top_k), empty(T, top_k, dtype=torch.float32)
     requested, offsets, token, slot = empty(E), empty(E + 1), empty(N), empty(N)
-    outputs = Outputs(
-        expert, weight, probs, lse, mean_prob, requested, offsets, token, slot, rerouted.clone(), dropped.clone()
-    )
+    rerouted, dropped = torch.zeros((), dtype=torch.int64, device=logits.device), empty(dtype=torch.int64)
+    outputs = Outputs(expert, weight, probs, lse, mean_prob, requested, offsets, token, slot, rerouted, dropped)
     if T == 0:
-        for zero in (mean_prob, requested, offsets):
+        for zero in (mean_prob, requested, offsets, dropped):
             zero.zero_()
         return outputs
 
@@ -103,6 +99,8 @@ def forward(
         round_tokens = min(ROUND_TOKENS, triton.next_power_of_2(T))
         rows = top_k * triton.cdiv(T, round_tokens)
         programs = min(rows, _processors(logits.device))
+        counters = torch.zeros(max_reroutes + 2, dtype=torch.int64, device=logits.device)
+        pending, arrivals = counters[:-1], counters[-1:]
         rounds.serve[(programs,)](
             logits,
             *logits.stride(),
@@ -118,7 +116,7 @@ def forward(
             empty(N) if by_probability else expert,
             held,
             pending,
-            outputs.rerouted,
+            rerouted,
             arrivals,
             T,
             E,
@@ -154,7 +152,7 @@ def forward(
         offsets,
         token,
         slot,
-        outputs.dropped,
+        dropped,
         T,
         E,
         top_k,

@@ -214,19 +214,20 @@ def _route(
     group_top_k: int,
     scale: float,
 ) -> _Outputs:
-    return _implementation(logits).forward(
-        logits,
-        expert_bias,
-        top_k,
-        capacity,
-        max_reroutes,
-        by_probability,
-        sigmoid,
-        normalize,
-        num_groups,
-        group_top_k,
-        scale,
-    )
+    with torch.cuda.device_of(logits):
+        return _implementation(logits).forward(
+            logits,
+            expert_bias,
+            top_k,
+            capacity,
+            max_reroutes,
+            by_probability,
+            sigmoid,
+            normalize,
+            num_groups,
+            group_top_k,
+            scale,
+        )
 
 
 @_route.register_fake
@@ -278,9 +279,10 @@ def _route_backward(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    return _implementation(probs).backward(
-        logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
-    )
+    with torch.cuda.device_of(probs):
+        return _implementation(probs).backward(
+            logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
+        )
 
 
 @_route_backward.register_fake
@@ -324,7 +326,8 @@ def counting_sort(key: Tensor, bins: int, counts_only: bool = False) -> tuple[Te
     if runs_on_triton(key):
         from ava_kernels.routing import kernels
 
-        return kernels.counting_sort(key, bins, counts_only)
+        with torch.cuda.device_of(key):
+            return kernels.counting_sort(key, bins, counts_only)
     bin_N = torch.where((key >= 0) & (key < bins), key, bins).long()
     order_N = bin_N[:0] if counts_only else bin_N.sort(stable=True).indices
     count = torch.zeros(bins + 1, dtype=torch.int32, device=key.device)
