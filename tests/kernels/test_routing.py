@@ -171,7 +171,7 @@ def check_numbers(routing, problem):
 
 
 def test_decisions_and_numbers_are_the_oracles(backend):
-    @examples(300 if backend == "torch" else 15)
+    @examples(250 if backend == "torch" else 10)
     @given(problems())
     def holds(problem):
         routing = route(problem.logits, problem.top_k, **problem.options)
@@ -211,6 +211,8 @@ CASES = {
     "many_tokens_probability": large(2100, 2, 1, capacity=1090, priority="probability"),
     "two_blocks_unlimited": large(70, 20, 2),
     "wide": large(2, 70, 9, capacity=1),
+    "one_reroute": large(9, 5, 2, skew=4.0, capacity=4, max_reroutes=1),
+    "two_reroutes": large(9, 5, 2, skew=4.0, capacity=4, max_reroutes=2),
     "groups_without_bias": large(9, 12, 3, capacity=4, num_groups=4, group_top_k=2),
     "groups_of_one": large(9, 5, 2, capacity=4, num_groups=5, group_top_k=3, expert_bias=torch.linspace(0.1, 0, 5)),
     "groups_of_two_equals": Problem(  # worth twice their score, more than a better one with a worse
@@ -224,7 +226,8 @@ CASES = {
 
 IN_THE_INTERPRETER = [  # which is slow; `small_blocks` is how it comes to many blocks
     "all_alike", "all_alike_and_exactly_full", "all_equal", "every_expert", "one_of_everything", "no_tokens", "no_room",
-    "two_blocks_unlimited", "wide", "groups_without_bias", "groups_of_one", "groups_of_two_equals", "groups_shut",
+    "two_blocks_unlimited", "wide", "one_reroute", "two_reroutes",
+    "groups_without_bias", "groups_of_one", "groups_of_two_equals", "groups_shut",
 ]  # fmt: skip
 
 
@@ -301,11 +304,14 @@ def test_same_input_same_bits(backend):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"capacity": 5},
+# The scores are so far apart that their last bits decide nothing, or all alike.
+SPREAD = torch.linspace(-3, 3, 66)[torch.randperm(66, generator=torch.Generator().manual_seed(0))].reshape(11, 6)
+SETTLED = {
+    "unlimited": Problem(SPREAD, 3, {}),
+    "capacity": Problem(SPREAD, 3, {"capacity": 5, "max_reroutes": 1}),
+    "everything": Problem(
+        SPREAD,
+        3,
         {
             "capacity": 4,
             "priority": "probability",
@@ -314,15 +320,18 @@ def test_same_input_same_bits(backend):
             "num_groups": 3,
             "group_top_k": 2,
         },
-    ],
-)
-def test_kernels_and_reference_agree(monkeypatch, small_blocks, options):
-    """In whole blocks and many; the scores are so far apart that their last bits decide nothing."""
-    logits = torch.linspace(-3, 3, 66)[torch.randperm(66)].reshape(11, 6)
-    kernels = route(logits, 3, **options)
-    check_decision(kernels, Problem(logits, 3, options))
+    ),
+    "equals": Problem(torch.zeros(11, 3), 2, {"capacity": 7, "priority": "probability", "max_reroutes": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SETTLED)
+def test_kernels_and_reference_agree(monkeypatch, small_blocks, name):
+    problem = SETTLED[name]
+    kernels = route(problem.logits, problem.top_k, **problem.options)
+    check_decision(kernels, problem)
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
-    reference = route(logits, 3, **options)
+    reference = route(problem.logits, problem.top_k, **problem.options)
     for field in DECISIONS:
         assert torch.equal(getattr(kernels, field), getattr(reference, field)), field
     for field in FLOATS:
