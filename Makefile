@@ -30,7 +30,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info kernels/ava_kernels/gradients/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ava-fast needs Python 3.10 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 demo")'
@@ -40,11 +40,14 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch
 	@touch $@
 
-# Without build isolation, DeepSpeed's build finds the torch above instead of fetching one of its own.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+# What the extension is built from; where there is no compiler, the installation goes on without it.
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+# Without build isolation, DeepSpeed's build and ours find the torch above instead of fetching one of their own.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.installed

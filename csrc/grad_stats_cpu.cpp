@@ -10,6 +10,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace ava {
 
 struct Float16 { uint16_t bits; };
@@ -26,10 +30,14 @@ typedef int64_t i64x4 __attribute__((vector_size(32)));
 #if defined(__x86_64__)
 #define LANES avx2
 #define TARGET __attribute__((target("avx2")))
+#define WIDEN(floats) ((f64x4)_mm256_cvtps_pd((__m128)(floats)))
+#define LARGER(a, b) ((i32x4)_mm_max_epi32((__m128i)(a), (__m128i)(b)))
 #include "grad_stats_lanes.h"
 #endif
 #define LANES baseline
 #define TARGET
+#define WIDEN(floats) __builtin_convertvector(floats, f64x4)
+#define LARGER(a, b) choose((a) > (b), a, b)
 #include "grad_stats_lanes.h"
 
 namespace ava {

@@ -1,5 +1,6 @@
-// One chunk on one CPU core. Included once per instruction set, with LANES (a namespace) and TARGET (an attribute)
-// defined: GCC lowers vector types by the attribute of the function that names them.
+// One chunk on one CPU core. Included once per instruction set, with LANES (a namespace), TARGET (an attribute), WIDEN
+// (four floats to doubles) and LARGER (of four integers each) defined: GCC lowers vector types by the attribute of the
+// function that names them, but does not find the best instruction for these two.
 //
 // Squares are summed in double: the square of a float is exact there, so nothing overflows or vanishes, and every
 // instruction set gives the same bits (for double too, as the compiler may not fuse multiply and add). Sixteen lanes
@@ -75,11 +76,11 @@ struct Sums {
 };
 
 INLINE void add(Sums& sums, int part, f32x4 values) {
-  const f64x4 wide = __builtin_convertvector(values, f64x4);
+  const f64x4 wide = WIDEN(values);
   sums.squares[part] += wide * wide;
   const i32x4 bits = as_bits(values) & 0x7fffffff;
   i32x4& largest = sums.largest[part % 2];
-  largest = choose(bits > largest, bits, largest);
+  largest = LARGER(bits, largest);
 }
 
 INLINE void add(Sums& sums, int part, f64x4 values) {
@@ -172,3 +173,5 @@ TARGET void scale(const Span& span, int64_t begin, int64_t size, double coeffici
 
 #undef LANES
 #undef TARGET
+#undef WIDEN
+#undef LARGER
