@@ -171,7 +171,7 @@ def check_numbers(routing, problem):
 
 
 def test_decisions_and_numbers_are_the_oracles(backend):
-    @examples(250 if backend == "torch" else 10)
+    @examples(250 if backend == "torch" else 8)
     @given(problems())
     def holds(problem):
         routing = route(problem.logits, problem.top_k, **problem.options)
@@ -292,7 +292,7 @@ def test_low_precision_logits_route_as_their_float32_values(backend, dtype, scor
     assert torch.equal(low.grad, full.grad.to(dtype))
 
 
-def test_same_input_same_bits(backend):
+def test_same_input_same_bits():  # the interpreter runs one program after another: there it says nothing
     problem = large(20, 8, 3, capacity=8)
     results = []
     for _ in range(2):
@@ -319,6 +319,7 @@ SETTLED = {
             "expert_bias": torch.linspace(0.1, -0.2, 6),
             "num_groups": 3,
             "group_top_k": 2,
+            "scale": 2.5,
         },
     ),
     "equals": Problem(torch.zeros(11, 3), 2, {"capacity": 7, "priority": "probability", "max_reroutes": 1}),
