@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ava_kernels import Routing, route
+from ava_kernels import route
 from ava_kernels.routing import reference
 from torch import Tensor
 
@@ -135,8 +135,8 @@ def _check(name: str, logits: Tensor, top_k: int, capacity: int) -> None:
                 max_reroutes=max_reroutes,
                 priority="probability" if by_probability else "choice",
             )
-            expected = Routing(
-                *reference.forward(logits, None, top_k, capacity, max_reroutes, by_probability, False, True, 1, 1, 1.0)
+            expected = reference.forward(
+                logits, None, top_k, capacity, max_reroutes, by_probability, False, True, 1, 1, 1.0
             )
             case = f"{name} logits, {max_reroutes} reroutes, by probability: {by_probability}"
             different = int((found.expert != expected.expert).sum())

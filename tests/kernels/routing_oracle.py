@@ -1,8 +1,9 @@
 """Routing decided one request at a time in plain Python: what `ava_kernels.route` must decide.
 
-Written from the description of routing alone (DESIGN, "Routing, exactly"), with lists and loops, so that a reader can
-check it sentence by sentence. It is given the scores that the tested implementation computed, and adds to them in the
-same precision: a score's last bit then never decides a comparison. Which scores are right is another test's question.
+Written from the description of routing alone (docs/routing.md, "Routing, exactly"), with lists and loops, so that a
+reader can check it sentence by sentence. It is given the scores that the tested implementation computed, and adds to
+them in the same precision: a score's last bit then never decides a comparison. Which scores are right is another test's
+question.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def clip_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
 
     tensors: as for `grad_stats`, but none may share memory with itself or another. coefficient: 0-d, float32 or
     float64, on the tensors' device. Products are made in float32, in float64 for float64 tensors, and rounded to the
-    tensor's dtype. If the coefficient is 1 the extension neither reads nor writes a tensor; it sees that on the device.
+    tensor's dtype. If the coefficient is 1 the extension sees that on the device, and neither reads nor writes a tensor
+    (on a GPU it does copy those with gaps in memory, forth and back).
 
     Never waits for the device and can be captured in a CUDA graph. Outside autograd. Raises ValueError, naming the
     tensor.

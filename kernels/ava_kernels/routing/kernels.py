@@ -54,7 +54,7 @@ def forward(
     expert, weight = empty(T, top_k), empty(T, top_k, dtype=torch.float32)
     requested, offsets, token, slot = empty(E), empty(E + 1), empty(N), empty(N)
     rerouted, dropped = torch.zeros((), dtype=torch.int64, device=logits.device), empty(dtype=torch.int64)
-    outputs = Outputs(expert, weight, probs, lse, mean_prob, requested, offsets, token, slot, rerouted, dropped)
+    outputs = Outputs(weight, expert, probs, lse, mean_prob, requested, offsets, token, slot, rerouted, dropped)
     if T == 0:
         for zero in (mean_prob, requested, offsets, dropped):
             zero.zero_()

@@ -76,7 +76,7 @@ def route(
     `scale` times the scores. `reference.py` says all this exactly.
 
     A token with a NaN or +Inf logit, or with nothing but −Inf, requests nothing: its K requests count as dropped, its
-    probabilities and its gradient are 0. A NaN in the bias counts as −Inf.
+    probabilities and its gradient are 0. A NaN in the bias counts as −Inf; infinite ones count as the largest numbers.
 
     Never waits for the device, and the same input gives the same bits. Without bias and groups the choice is the same
     on every device too; with them it depends on the scores' rounding. Raises ValueError, naming the argument.
@@ -104,7 +104,7 @@ def route(
         group_top_k or 1,
         float(scale),
     )
-    return Routing(*outputs)
+    return Routing(**dict(zip(reference.Outputs._fields, outputs, strict=True)))
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -251,8 +251,8 @@ def _(
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     return (
-        empty(T, top_k),
         empty(T, top_k, dtype=scores),
+        empty(T, top_k),
         empty(T, E, dtype=scores),
         empty(T, dtype=scores),
         empty(E, dtype=scores),
@@ -292,14 +292,14 @@ def _(logits: Tensor | None, probs: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     logits, *_, sigmoid, normalize, _, _, scale = inputs
-    expert, _, probs, lse, *_ = output
+    _, expert, probs, lse, *_ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits if sigmoid else None, probs, lse, expert)
     ctx.sigmoid, ctx.normalize, ctx.scale, ctx.dtype = sigmoid, normalize, scale, logits.dtype
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    _, dweight, dprobs, dlse, dmean_prob, *_ = grads
+    dweight, _, dprobs, dlse, dmean_prob, *_ = grads
     dlogits = torch.ops.ava_kernels.route_backward(
         *ctx.saved_tensors, dweight, dprobs, dlse, dmean_prob, ctx.sigmoid, ctx.normalize, ctx.scale
     )

@@ -3,7 +3,8 @@
 Scores (float32; float64 for float64 logits): softmax or sigmoid of a token's logits.
 Ranking: by logit, or by score + expert_bias where there is a bias; ties to the lower expert. With groups a token only
 ranks the experts of its `group_top_k` best groups, a group being worth the sum of its two best scores (+ bias)
-(DeepSeek-AI, 2024, "DeepSeek-V3").
+(DeepSeek-AI, 2024, "DeepSeek-V3"). A score + bias that is not finite counts as the nearest finite number, NaN as the
+lowest.
 Rounds: a token's K best are its requests, slot 0 the best. A round serves what is pending in order of (slot, token), or
 of falling score, and an expert accepts while it holds fewer than `capacity`. A token's rejected requests move, lower
 slot first, to the candidates it ranks next, and are served in the next round. What is left at the end is dropped.
@@ -22,8 +23,8 @@ from torch import Tensor
 class Outputs(NamedTuple):
     """What `forward` finds; `ava_kernels.Routing` describes the fields."""
 
+    weight: Tensor  # a float comes first: torch.library.opcheck adds up what an op returns, starting with it
     expert: Tensor
-    weight: Tensor
     probs: Tensor
     lse: Tensor
     mean_prob: Tensor
