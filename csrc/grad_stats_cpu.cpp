@@ -21,7 +21,7 @@ struct Bfloat16 { uint16_t bits; };
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x4 __attribute__((vector_size(16)));
-typedef uint16_t u16x4 __attribute__((vector_size(8)));
+typedef uint16_t u16x4 __attribute__((vector_size(8), aligned(2), may_alias));  // read where it lies
 typedef double f64x4 __attribute__((vector_size(32)));
 typedef int64_t i64x4 __attribute__((vector_size(32)));
 
@@ -30,12 +30,14 @@ typedef int64_t i64x4 __attribute__((vector_size(32)));
 #if defined(__x86_64__)
 #define LANES avx2
 #define TARGET __attribute__((target("avx2")))
+#define HALVES(from) ((i32x4)_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))))
 #define WIDEN(floats) ((f64x4)_mm256_cvtps_pd((__m128)(floats)))
 #define LARGER(a, b) ((i32x4)_mm_max_epi32((__m128i)(a), (__m128i)(b)))
 #include "grad_stats_lanes.h"
 #endif
 #define LANES baseline
 #define TARGET
+#define HALVES(from) __builtin_convertvector(*reinterpret_cast<const u16x4*>(from), i32x4)
 #define WIDEN(floats) __builtin_convertvector(floats, f64x4)
 #define LARGER(a, b) choose((a) > (b), a, b)
 #include "grad_stats_lanes.h"
@@ -144,7 +146,6 @@ void cpu_stats(const Span* spans, int64_t count, const Outputs& outputs) {
 }
 
 void cpu_scale(const Span* spans, int64_t count, double coefficient) {
-  if (coefficient == 1) return;
   const std::vector<Chunk> chunks = cut(spans, count);
   for_each_chunk(chunks, [&](int64_t c) {
     ON_THIS_CPU(scale(spans[chunks[c].span], chunks[c].begin, chunks[c].size, coefficient));

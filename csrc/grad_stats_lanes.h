@@ -1,6 +1,7 @@
-// One chunk on one CPU core. Included once per instruction set, with LANES (a namespace), TARGET (an attribute), WIDEN
-// (four floats to doubles) and LARGER (of four integers each) defined: GCC lowers vector types by the attribute of the
-// function that names them, but does not find the best instruction for these two.
+// One chunk on one CPU core. Included once per instruction set, with LANES (a namespace), TARGET (an attribute), HALVES
+// (four 16-bit integers in memory to 32 bits), WIDEN (four floats to doubles) and LARGER (of four integers each)
+// defined: GCC lowers vector types by the attribute of the function that names them, but does not find the best
+// instruction for these three.
 //
 // Squares are summed in double: the square of a float is exact there, so nothing overflows or vanishes, and every
 // instruction set gives the same bits (for double too, as the compiler may not fuse multiply and add). Sixteen lanes
@@ -14,22 +15,16 @@ INLINE i32x4 choose(i32x4 condition, i32x4 yes, i32x4 no) { return (condition & 
 INLINE f32x4 as_float(i32x4 bits) { return (f32x4)bits; }
 INLINE i32x4 as_bits(f32x4 values) { return (i32x4)values; }
 
-INLINE i32x4 load_halves(const void* from) {
-  u16x4 bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return __builtin_convertvector(bits, i32x4);
-}
-
 INLINE f32x4 load(const float* from) {
   f32x4 values;
   std::memcpy(&values, from, sizeof values);
   return values;
 }
 
-INLINE f32x4 load(const Bfloat16* from) { return as_float(load_halves(from) << 16); }
+INLINE f32x4 load(const Bfloat16* from) { return as_float(HALVES(from) << 16); }
 
 INLINE f32x4 load(const Float16* from) {
-  const i32x4 bits = load_halves(from);
+  const i32x4 bits = HALVES(from);
   // Exponent and mantissa where a float has them; the product corrects the bias, and makes subnormals normal.
   const i32x4 scaled = as_bits(as_float((bits & 0x7fff) << 13) * 0x1p112f);
   const i32x4 special = (i32x4)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
@@ -173,5 +168,6 @@ TARGET void scale(const Span& span, int64_t begin, int64_t size, double coeffici
 
 #undef LANES
 #undef TARGET
+#undef HALVES
 #undef WIDEN
 #undef LARGER
