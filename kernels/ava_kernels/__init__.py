@@ -3,7 +3,8 @@
     from ava_kernels import moe_mlp, rope_attention, route
 
 Depends on torch, and on a GPU on triton. Each folder holds `op.py`, the public operation, `reference.py`, its plain
-PyTorch definition, which runs on every device, and `kernels.py`, its Triton kernels, which run on CUDA tensors.
+PyTorch definition, which runs on every device, and `kernels.py`, its Triton kernels, which run on CUDA tensors;
+`gradients` has a C++ and CUDA extension instead (`csrc/`).
 Shape suffixes: B batch, S sequence, T tokens, H heads, D head dim, M model dim, I expert width, E experts,
 K choices per token, N = T·K (token, choice) pairs.
 """
