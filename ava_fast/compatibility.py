@@ -41,6 +41,9 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    stability = config.stability
+    if stability.max_skips >= stability.window:
+        refuse("stability.max_skips", stability.max_skips, f"below stability.window ({stability.window})")
     return faults
 
 

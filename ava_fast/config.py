@@ -142,7 +142,7 @@ class TrainingConfig(Section):
     """The optimisation run."""
 
     max_steps: Positive = 1000
-    """Optimizer steps."""
+    """Optimizer steps, which also drive the schedule. A skipped batch is none."""
     batch_size: Positive = 8
     """Sequences in one forward pass, over all ranks together: a world of N gets `batch_size / N` each."""
     gradient_accumulation_steps: Positive = 1
@@ -173,6 +173,27 @@ class TrainingConfig(Section):
     """Of initial weights, data order and router noise."""
     init_from: str | None = None
     """A folder written by `ava-fast import`: start from these weights instead of random ones."""
+
+
+class StabilityConfig(Section):
+    """What happens to a step whose loss or gradient is not usable: see docs/when-training-misbehaves.md."""
+
+    window: Annotated[int, Field(ge=2, le=100_000)] = 64
+    """Steps whose losses and gradient norms say what is usual, and in which bad steps are counted."""
+    deviations: PositiveFloat | None = 50.0
+    """A norm or a loss this many robust standard deviations above the window's median is bad; at 50 that is at least
+    six times the median norm, or twice the median loss. None: only `max_norm` and what is not finite count."""
+    max_norm: PositiveFloat | None = None
+    """A gradient norm, before clipping, above this is bad, from the first step on. None: no such limit."""
+    max_skips: Count = 5
+    """Bad steps in the window that are only skipped. One more, and the learning rate is cut; again, and the run rolls
+    back or stops."""
+    emergency_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """A cut multiplies the learning rate by this."""
+    recovery_steps: Positive = 100
+    """Good steps over which the rate climbs back after a cut."""
+    max_rollbacks: Count = 2
+    """Times that a run may go back to its last good checkpoint before it stops instead."""
 
 
 class MemoryConfig(Section):
@@ -244,6 +265,7 @@ class Config(Section):
     moe: MoeConfig = MoeConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    stability: StabilityConfig = StabilityConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -5,7 +5,7 @@
     for micro_batch in micro_batches:
         loss = engine(**micro_batch)
         engine.backward(loss / len(micro_batches))
-    result = engine.step(lr=3e-4)            # one optimizer step, or none: result.applied
+    result = engine.step(lambda grad_norm: 3e-4)     # one optimizer step, or none: result.applied
 
 The caller owns the accumulation loop. Gradients are summed over `backward` calls, in fp32 in every stage, and averaged
 over ranks. Every parameter must receive a gradient (zeros count) in every backward pass on every rank: collectives
@@ -73,7 +73,7 @@ class StepResult:
     grad_norm: float
     """Global L2 norm of the averaged, accumulated gradient before clipping; inf or nan where it was not finite."""
     applied: bool
-    """False: the gradient was not finite, and weights and moments are as they were."""
+    """False: the gradient was not finite or not wanted, and weights, moments and step counts are as they were."""
 
 
 class Engine:
@@ -109,6 +109,10 @@ class Engine:
             )[0]
         if self._stage == 0:
             self._own_stage_0(trainable)
+        self._decide: Callable[[float], float | None] | None = None  # while a step is under way
+        self._norm: float | None = None
+        self._lr: float | None = None
+        self._optimizer.register_step_pre_hook(self._before_adamw)
         if self._stage == 1 and config.training.precision == "bf16":
             # This pair has an optimizer class of its own, which forgets what DeepSpeed's consolidation asks for.
             state_dict = self._engine.optimizer.state_dict
@@ -125,15 +129,44 @@ class Engine:
         """Adds one micro-batch's gradient. `loss`: 0-d, already divided by the number of micro-batches."""
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
-        """Averages the accumulated gradient over ranks, clips it and takes one AdamW step at `lr`, or skips it."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._norm = math.inf
-        self._engine.step()
-        if self._stage > 0:
-            self._norm = float(self._engine.get_global_grad_norm())
-        return StepResult(self._norm, math.isfinite(self._norm) and self._engine.was_step_applied())
+    def step(self, decide: Callable[[float], float | None]) -> StepResult:
+        """Averages the accumulated gradient over ranks, clips it and takes one AdamW step, or none.
+
+        `decide` is called once, with the global norm before clipping (inf or nan where it is not finite), and gives the
+        learning rate, or None to drop the gradient. It must decide the same on every rank. A gradient that is not
+        finite is dropped whatever it says.
+        """
+        self._decide, self._norm, self._lr = decide, None, None
+        try:
+            self._engine.step()
+            if self._norm is None:  # DeepSpeed found it not finite and has not asked AdamW
+                self._norm = float(self._engine.get_global_grad_norm())
+                decide(self._norm)
+        finally:
+            self._decide = None
+        return StepResult(self._norm, self._lr is not None and self._engine.was_step_applied())
+
+    @contextlib.contextmanager
+    def nonfinite_gradients(self) -> Iterator[list[str]]:
+        """Collects, while `backward` runs, the names of parameters whose gradient on this rank, before any reduction,
+        is not finite: in the order of the backward pass, so that the first is nearest to the cause. It waits for the
+        device at every parameter: for finding a fault, not for training."""
+        found: list[str] = []
+
+        def look(name: str, gradient: Tensor) -> None:
+            if name not in found and not gradient.isfinite().all():
+                found.append(name)
+
+        hooks = [
+            parameter.register_hook(functools.partial(look, name))
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def save(self, folder: Path) -> None:
         """Writes weights, fp32 masters and moments under `folder`, every rank its share. Collective.
@@ -232,22 +265,34 @@ class Engine:
 
         fp32: a NaN reaches the weights and no norm is reported. bf16: gradients accumulate in bf16 and Adam's step
         count starts at 1, one bias correction late. So gradients get fp32 buffers, Adam's state starts empty, and
-        `_clip_or_skip` sees the averaged fp32 gradient of either precision just before AdamW does.
+        `_before_adamw` measures and clips the averaged fp32 gradient of either precision.
         """
         self._optimizer.state.clear()
         for parameter in trainable:
             parameter.grad_dtype = torch.float32
-        self._optimizer.register_step_pre_hook(self._clip_or_skip)
 
-    def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_adamw(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The last word before an update. ZeRO calls AdamW once per group, after it has measured and clipped."""
+        if self._decide is None:  # DeepSpeed steps at rate 0 while it sets itself up
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._norm = norm.item()
-        if not math.isfinite(self._norm):
+        if self._norm is None:
+            if self._stage > 0:
+                self._norm = float(self._engine.optimizer._global_grad_norm)
+            else:
+                self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+            lr = self._decide(self._norm)
+            self._lr = lr if math.isfinite(self._norm) else None
+            if self._stage == 0 and self._lr is not None and self._config.training.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(
+                    parameters, self._config.training.max_grad_norm, torch.tensor(self._norm, device=self.device)
+                )
+        if self._lr is None:
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over a parameter without a gradient, moments and step count too
-        elif self._config.training.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self._config.training.max_grad_norm, norm)
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = self._lr
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 value that AdamW updates. Collective, unless in stage 0."""

@@ -31,6 +31,7 @@ from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.stability.judge import Judge, Ruling, Trouble, Verdict
 
 logger = logging.getLogger(__name__)
 evaluation_logger = logging.getLogger(EVALUATION_LOG)
@@ -65,7 +66,10 @@ class Trainer:
             model.load_state_dict(weights)
         self.engine = Engine(model, config)
         seed_generators(training.seed + 1 + rank)  # different noise on each
+        self.judge = Judge(config.stability)
         self.step = 0
+        """Optimizer steps taken; a skipped batch is none."""
+        self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
         self.evaluated_at = self.saved_at = -1
         self.heldout = math.nan
         self._stop_signal = 0
@@ -83,11 +87,14 @@ class Trainer:
         config = self.config
         with self._watched(), self._signals_noted():
             while self.step < config.training.max_steps:
-                record, interrupted = self._step()
-                self._show(record)
-                if _due(self.step, config.evaluation.eval_steps):
+                ruling, interrupted = self._step()
+                if ruling.verdict is Verdict.STOP:
+                    raise self._stopped(ruling)
+                if ruling.verdict is Verdict.ROLL_BACK:
+                    self._roll_back()
+                elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
                     self._evaluate()
-                if interrupted or _due(self.step, config.checkpoint.save_steps):
+                if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
                     self.save()
                 if interrupted:
                     name = signal.Signals(interrupted).name
@@ -97,45 +104,156 @@ class Trainer:
             if self.saved_at != self.step:
                 self.save()
 
-    def _step(self) -> tuple[dict[str, Any], int]:
-        """One optimizer step → its record for metrics.jsonl, and the signal that asks to stop after it (or 0)."""
+    def _step(self) -> tuple[Ruling, int]:
+        """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
         training, engine = self.config.training, self.engine
-        started_at = time.perf_counter()
-        lr = learning_rate(self.step, training)
-        seen = []
+        started_at, noise = time.perf_counter(), _generator_states()
+        batches, positions, seen = [], [], []
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            tokens_BS, labels_BS = (t.to(engine.device, non_blocking=True) for t in self.loader.next_batch())
-            output = engine(tokens_BS, labels_BS)
-            engine.backward(output.objective / training.gradient_accumulation_steps)
+            batches.append(self.loader.next_batch())
+            positions.append(self.loader.position - training.batch_size)
+            output = self._forward_backward(batches[-1])
             seen.append(_figures(output))
         totals = self._over_ranks(torch.stack(seen).sum(0), output.requested.shape)
         (loss, balance_loss, z_loss), routing, requested_LE, interrupted = totals
-        if not math.isfinite(loss):
-            raise self._stopped(f"the loss is {loss}")
-        result = engine.step(lr)
-        if not result.applied:
-            raise self._stopped(f"the gradient norm is {result.grad_norm}")
+        lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
+
+        def decide(grad_norm: float) -> float | None:
+            nonlocal lr, ruling
+            ruling = self.judge.rule(loss, grad_norm, can_roll_back=self.saved_at >= 0)
+            lr *= ruling.factor
+            return lr if ruling.apply else None
+
+        result = engine.step(decide)
+        if ruling.trouble is not None:
+            if self._trouble_from is None:
+                self._trouble_from = positions[0]
+            own_losses = [figures[0].item() for figures in seen]
+            culprits = self._culprits(ruling, batches, positions, own_losses, noise)
+            self._tell(ruling, loss, result.grad_norm, culprits)
+        elif self.judge.calm:
+            self._trouble_from = None
+        if not ruling.apply:
+            _restore_generators(noise)  # the next batch is seen as if this one had never been
+            return ruling, interrupted
         update_expert_biases(engine.model, requested_LE)
         self.step += 1
         seconds = time.perf_counter() - started_at
         tokens_per_step = training.batch_size * self.config.data.max_length * training.gradient_accumulation_steps
         rate = tokens_per_step / seconds
-        return {
-            "kind": "step",
-            "step": self.step,
-            "loss": loss,
-            "balance_loss": balance_loss,
-            "z_loss": z_loss,
-            **({"routing": routing} if len(requested_LE) else {}),
-            "learning_rate": lr,
-            "grad_norm": result.grad_norm,
-            "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
-            "seconds": seconds,
-            "tokens": self.step * tokens_per_step,
-            "tokens_per_second": rate,
-            "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
-        }, interrupted
+        self._show(
+            {
+                "kind": "step",
+                "step": self.step,
+                "loss": loss,
+                "balance_loss": balance_loss,
+                "z_loss": z_loss,
+                **({"routing": routing} if len(requested_LE) else {}),
+                "verdict": ruling.verdict.value,
+                "learning_rate": lr,
+                "grad_norm": result.grad_norm,
+                "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
+                "seconds": seconds,
+                "tokens": self.step * tokens_per_step,
+                "tokens_per_second": rate,
+                "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
+            }
+        )
+        return ruling, interrupted
+
+    def _forward_backward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Output:
+        tokens_BS, labels_BS = (t.to(self.engine.device, non_blocking=True) for t in batch)
+        output: Output = self.engine(tokens_BS, labels_BS)
+        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
+        return output
+
+    def _culprits(
+        self,
+        ruling: Ruling,
+        batches: list[tuple[torch.Tensor, torch.Tensor]],
+        positions: list[int],
+        losses: list[float],
+        noise: dict[str, Any],
+    ) -> list[dict[str, Any]]:
+        """What each rank knows of a bad step: the documents that it saw, its loss, and, if only the gradient is not
+        finite, the parameters in which it is not, found by computing the step once more. Collective.
+
+        Where the loss is not finite on some ranks, or a gradient, only those are listed.
+        """
+        names: list[str] = []
+        if ruling.trouble is Trouble.GRADIENT:
+            _restore_generators(noise)
+            with self.engine.nonfinite_gradients() as names:
+                for batch in batches:
+                    self._forward_backward(batch)
+            self.engine.step(lambda _: None)
+        bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
+        documents = {document for position in bad or positions for document in self.loader.documents(position)}
+        own = {
+            "rank": self.engine.rank,
+            "loss": _number(sum(losses) / len(losses)),
+            "parameters": names,
+            "documents": sorted(documents),
+        }
+        everyone: list[dict[str, Any]] = [{}] * self.engine.world_size
+        dist.all_gather_object(everyone, own)
+        return [each for each in everyone if each["loss"] is None or each["parameters"]] or everyone
+
+    def _tell(self, ruling: Ruling, loss: float, grad_norm: float, culprits: list[dict[str, Any]]) -> None:
+        """Into metrics.jsonl and errors.log."""
+        assert ruling.trouble is not None
+        if self._metrics:
+            self._metrics.write(
+                {
+                    "kind": "verdict",
+                    "step": self.step,
+                    "verdict": ruling.verdict.value,
+                    "trouble": ruling.trouble.value,
+                    "reason": ruling.reason,
+                    "applied": ruling.apply,
+                    "loss": _number(loss),
+                    "grad_norm": _number(grad_norm),
+                    "learning_rate_factor": ruling.factor,
+                    "position": self.loader.position,
+                    "culprits": culprits,
+                    "counts": dict(self.judge.counts),
+                }
+            )
+        logger.warning(f"after step {self.step}: {ruling.verdict.value}: {ruling.reason}; {_blame(culprits)}")
+        if ruling.trouble is Trouble.GRADIENT and not any(each["parameters"] for each in culprits):
+            logger.warning("the same step, computed again, has only finite gradients: suspect this machine's hardware")
+        if ruling.verdict is Verdict.CUT:
+            steps = self.config.stability.recovery_steps
+            logger.warning(
+                f"the learning rate is cut to {ruling.factor:g} of its schedule, and back in {steps} good steps"
+            )
+
+    def _roll_back(self) -> None:
+        """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""
+        stretch = (self._trouble_from or 0, self.loader.position)
+        avoid, abandoned = [*self.loader.avoid, stretch], self.step
+        choice: list[Path | str] = [""]
+        if self.engine.rank == 0:
+            choice = [_last_good(self.checkpoints)]
+        dist.broadcast_object_list(choice, src=0)
+        checkpoint = choice[0]
+        if not isinstance(checkpoint, Path):
+            raise TrainingError(f"step {self.step}: cannot roll back: {checkpoint}")
+        judge = self.judge.state_dict()
+        self.load(checkpoint)
+        self.judge.load_state_dict(judge)
+        self.loader.avoid, self._trouble_from = avoid, None
+        error = _attempt(lambda: store.rewind(checkpoint)) if self.engine.rank == 0 else None
+        if failure := self._failed_anywhere(error):
+            raise TrainingError(f"{checkpoint}: rolled back to it, but its successors cannot be removed ({failure})")
+        if self._metrics:
+            self._unwatch()
+            self._watch()
+        logger.warning(
+            f"rolled back from step {abandoned} to {checkpoint}; sequences {stretch[0]:,} to {stretch[1]:,} of the "
+            "data order are skipped from now on"
+        )
 
     def _evaluate(self) -> None:
         started_at = time.perf_counter()
@@ -146,12 +264,13 @@ class Trainer:
             self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
-    def save(self) -> None:
+    def save(self, *, emergency: bool = False) -> None:
         """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.
 
-        Raises TrainingError if it could not be written; nothing half-written stays.
+        `emergency`: not one to roll back to while there is another. Raises TrainingError if it could not be written;
+        nothing half-written stays.
         """
-        started_at = time.perf_counter()
+        started_at, calm = time.perf_counter(), self.judge.calm and not emergency
         folder = self.checkpoints / f"step_{self.step}.tmp"
         error = None
         if self.engine.rank == 0:
@@ -164,6 +283,11 @@ class Trainer:
                 "world_size": self.engine.world_size,
                 "config": self.config.model_dump(),
                 "data": self.loader.state_dict(),
+                "stability": {
+                    "calm": calm,
+                    "judge": self.judge.state_dict(),
+                    "trouble_from": self._trouble_from,
+                },
                 "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
                 "heldout_step": self.evaluated_at,
             }
@@ -185,7 +309,7 @@ class Trainer:
         torch.save(_generator_states(), folder / f"rank_{self.engine.rank}.pt")
 
     def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
-        """Continues where `checkpoint` stood: weights, optimizer, step, data position, random generators.
+        """Continues where `checkpoint` stood: weights, optimizer, step, data position, judge, random generators.
 
         With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
         data set or world size.
@@ -199,6 +323,8 @@ class Trainer:
         generators = checkpoint / f"rank_{self.engine.rank}.pt"
         if generators.is_file():  # a larger world has ranks that were never saved
             _restore_generators(torch.load(generators, weights_only=False))
+        self.judge.load_state_dict(manifest["stability"]["judge"])
+        self._trouble_from = manifest["stability"]["trouble_from"]
         self.step = self.saved_at = manifest["step"]
         self.evaluated_at = manifest["heldout_step"]
         if manifest["heldout_loss"] is not None:
@@ -232,8 +358,23 @@ class Trainer:
         dist.all_gather_object(errors, error)
         return next((e for e in errors if e), None)
 
-    def _stopped(self, why: str) -> TrainingError:
-        return TrainingError(f"step {self.step + 1} was not taken: {why}; {self._safe()}")
+    def _stopped(self, ruling: Ruling) -> TrainingError:
+        """After an emergency checkpoint: what happened, and what to try."""
+        self._trouble_from = None  # a run that a person resumes starts afresh, as the judge does
+        try:
+            self.save(emergency=True)
+            saved = f"an emergency checkpoint is {self.checkpoints / f'step_{self.step}'}"
+        except TrainingError as error:
+            saved = f"no emergency checkpoint: {error}"
+        training, stability = self.config.training, self.config.stability
+        counts = ", ".join(f"{self.judge.counts[t.value]} × {t.value}" for t in Trouble if self.judge.counts[t.value])
+        return TrainingError(
+            f"stopped after step {self.step}: {ruling.reason}. In this run: {counts}. {saved}. Try a lower "
+            f"training.learning_rate (now {training.learning_rate:g}), more training.warmup_steps, a lower "
+            f"training.max_grad_norm (now {training.max_grad_norm:g}) or other data, then --resume latest; if the "
+            "steps were healthy, a higher stability.deviations or stability.max_norm, or more stability.max_skips "
+            f"(now {stability.max_skips}). docs/when-training-misbehaves.md says more"
+        )
 
     def _safe(self) -> str:
         saved = store.list_checkpoints(self.checkpoints)
@@ -245,13 +386,21 @@ class Trainer:
         if self.engine.rank != 0:
             yield
             return
-        self._metrics = Metrics(self.run_folder / "metrics.jsonl", self.step)
-        self._bar = StepBar(self.step, self.config.training.max_steps, enabled=self.config.logging.progress)
+        self._watch()
         try:
             yield
         finally:
+            self._unwatch()
+
+    def _watch(self) -> None:
+        self._metrics = Metrics(self.run_folder / "metrics.jsonl", self.step, self.judge.bad_steps)
+        self._bar = StepBar(self.step, self.config.training.max_steps, enabled=self.config.logging.progress)
+
+    def _unwatch(self) -> None:
+        if self._metrics and self._bar:
             self._bar.close()
             self._metrics.close()
+        self._bar = self._metrics = None
 
     def _show(self, record: dict[str, Any]) -> None:
         if self._metrics is None or self._bar is None:
@@ -304,6 +453,39 @@ def _restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _number(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
+def _blame(culprits: list[dict[str, Any]]) -> str:
+    """`rank 1: documents 3, 17; parameters a, b, … (9)`"""
+
+    def some(values: list[Any]) -> str:
+        return ", ".join(map(str, values[:5])) + (f", … ({len(values)})" if len(values) > 5 else "")
+
+    return "; ".join(
+        f"rank {each['rank']}: documents {some(each['documents'])}"
+        + (f", parameters {some(each['parameters'])}" if each["parameters"] else "")
+        for each in culprits
+    )
+
+
+def _last_good(checkpoints: Path) -> Path | str:
+    """The newest checkpoint that verifies, of those saved in calm if there are any; or why there is none."""
+    newest, problem = None, "there is no checkpoint"
+    for path in reversed(store.list_checkpoints(checkpoints)):
+        try:
+            calm = store.read_manifest(path)["stability"]["calm"]
+        except UserError as error:
+            problem = str(error)
+            continue
+        if calm:
+            return path
+        newest = newest or path
+    return newest or problem
 
 
 def _due(step: int, every: int) -> bool:

@@ -6,6 +6,7 @@ Every assertion's message says what ava-fast would get wrong if DeepSpeed differ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def micro_step(engine: Engine, factor: float = 1.0) -> None:
     engine.backward(engine(x_M, engine.rank) * factor)
 
 
+def at(lr: float | None) -> Callable[[float], float | None]:
+    return lambda grad_norm: lr
+
+
 # With one backward, rank 0's gradient is 1 for expert 0 and the gain, rank 1's is 2 for expert 1 and the gain; the
 # average over ranks is ½, 1 and 1½, each six times.
 UNIT_NORM = math.sqrt(6 * (0.5**2 + 1.0**2 + 1.5**2))
@@ -87,26 +92,35 @@ def observe(root: Path) -> dict[Any, dict[str, Any]]:
         }
         micro_step(engine)
         case["boundary_after_backward"] = inner.is_gradient_accumulation_boundary()
-        case["norm_of_1"] = engine.step(0.0).grad_norm
+        case["norm_of_1"] = engine.step(at(0.0)).grad_norm
         case["states_after_step"] = sorted({int(state["step"]) for state in adamw.state.values()})
         case["masters_after_rate_0"] = engine.gather_weights()
         for _ in range(3):
             micro_step(engine)
-        case["norm_of_3"] = engine.step(0.25).grad_norm
+        case["norm_of_3"] = engine.step(at(0.25)).grad_norm
         case["masters_after_rate_025"] = engine.gather_weights()
+        micro_step(engine)
+        norms: list[float] = []
+        case["veto"] = engine.step(norms.append)
+        case["norms_before_adamw"] = norms
+        case["states_after_veto"] = sorted({int(state["step"]) for state in adamw.state.values()})
+        case["masters_after_veto"] = engine.gather_weights()
+        micro_step(engine)
+        case["norm_after_veto"] = engine.step(at(0.0)).grad_norm
+        case["states_before_nan"] = sorted({int(state["step"]) for state in adamw.state.values()})
         micro_step(engine, math.nan if engine.rank == 1 else 1.0)
-        case["nan"], case["reported"] = engine.step(0.25), inner.get_global_grad_norm()
+        case["nan"], case["reported"] = engine.step(at(0.25)), inner.get_global_grad_norm()
         case["states_after_nan"] = sorted({int(state["step"]) for state in adamw.state.values()})
         case["masters_after_nan"] = engine.gather_weights()
         micro_step(engine)
-        case["norm_after_nan"] = engine.step(0.0).grad_norm
+        case["norm_after_nan"] = engine.step(at(0.0)).grad_norm
         micro_step(engine)
         micro_step(engine, 2**-9)  # 1 + 2^-9 needs more digits than bf16 has
-        case["norm_of_fine_sum"] = engine.step(0.0).grad_norm
+        case["norm_of_fine_sum"] = engine.step(at(0.0)).grad_norm
 
         clipped = Engine(Probe(), make_config(stage, precision, max_grad_norm=0.01))
         micro_step(clipped)
-        case["norm_before_clipping"] = clipped.step(0.0).grad_norm
+        case["norm_before_clipping"] = clipped.step(at(0.0)).grad_norm
         moments = [state["exp_avg"].float().square().sum() for state in clipped._optimizer.state.values()]
         squares = torch.stack(moments).sum()
         if stage > 0:  # every rank holds its share of Adam's state
@@ -122,8 +136,9 @@ def observe(root: Path) -> dict[Any, dict[str, Any]]:
     raw = Engine(Probe(), make_config(0, "fp32"))
     raw._optimizer._optimizer_step_pre_hooks.clear()
     micro_step(raw, math.nan)
+    raw._optimizer.param_groups[1]["lr"] = 0.1
+    raw._engine.step()
     seen["raw"] = {
-        "step": raw.step(0.1).applied,
         "gain": raw.model.gain.detach(),
         "norm": raw._engine.get_global_grad_norm(),
     }
@@ -189,7 +204,7 @@ def test_a_nan_on_one_rank_skips_the_step(case: tuple[int, str, dict[str, Any]])
     stage, _, seen = case
     assert not seen["nan"].applied, "a step on a NaN gradient was called applied"
     assert not math.isfinite(seen["nan"].grad_norm), "a NaN gradient was given a finite norm"
-    assert seen["states_after_nan"] == [2], "AdamW counted the skipped step"
+    assert seen["states_after_nan"] == seen["states_before_nan"], "AdamW counted the skipped step"
     for name, before in seen["masters_after_rate_025"].items():
         assert torch.equal(before, seen["masters_after_nan"][name]), f"a NaN gradient moved {name}"
     assert seen["norm_after_nan"] == pytest.approx(UNIT_NORM, rel=1e-6), (
@@ -199,10 +214,22 @@ def test_a_nan_on_one_rank_skips_the_step(case: tuple[int, str, dict[str, Any]])
         assert seen["reported"] == math.inf, "get_global_grad_norm() no longer reports a skip as inf"
 
 
+def test_a_finite_gradient_is_dropped_just_before_adamw(case: tuple[int, str, dict[str, Any]]) -> None:
+    _, _, seen = case
+    assert not seen["veto"].applied
+    assert seen["norms_before_adamw"] == [pytest.approx(UNIT_NORM, rel=1e-6)], (
+        "the norm is not known once, before AdamW: `_before_adamw` would judge another step's"
+    )
+    assert seen["states_after_veto"] == [2], "AdamW counted a step whose gradients were taken away"
+    for name, before in seen["masters_after_rate_025"].items():
+        assert torch.equal(before, seen["masters_after_veto"][name]), f"a dropped gradient moved {name}"
+    assert seen["norm_after_veto"] == pytest.approx(UNIT_NORM, rel=1e-6), "a dropped gradient leaked into the next step"
+
+
 def test_stage_0_still_needs_the_guard(ranks: list[dict[Any, dict[str, Any]]]) -> None:
     raw = ranks[0]["raw"]
-    assert raw["norm"] is None, "DeepSpeed reports a norm in fp32 stage 0: `_clip_or_skip` may no longer be needed"
-    assert raw["gain"].isnan().all(), "DeepSpeed skips NaN in fp32 stage 0: `_clip_or_skip` may no longer be needed"
+    assert raw["norm"] is None, "DeepSpeed reports a norm in fp32 stage 0: `_before_adamw` may no longer be needed"
+    assert raw["gain"].isnan().all(), "DeepSpeed skips NaN in fp32 stage 0: `_before_adamw` may no longer be needed"
 
 
 def test_precision(case: tuple[int, str, dict[str, Any]]) -> None:

@@ -135,8 +135,9 @@ def plain_loop(
     return losses, norms, {name: tensor.detach() for name, tensor in master.state_dict(keep_vars=True).items()}
 
 
-def train(engine: Engine, steps: range, poison: bool = False) -> list[tuple[float, StepResult]]:
-    """Each step's (mean loss of this rank, result). `poison`: rank 1's second micro-batch has an infinite loss."""
+def train(engine: Engine, steps: range, poison: bool = False, veto: bool = False) -> list[tuple[float, StepResult]]:
+    """Each step's (mean loss of this rank, result). `poison`: rank 1's second micro-batch has an infinite loss;
+    `veto`: no gradient is taken."""
     history = []
     for step in steps:
         total = 0.0
@@ -148,8 +149,22 @@ def train(engine: Engine, steps: range, poison: bool = False) -> list[tuple[floa
                 loss = loss * math.inf
             engine.backward(loss)
             total += loss.item()
-        history.append((total, engine.step(rate(step))))
+        lr = None if veto else rate(step)
+        history.append((total, engine.step(lambda _, lr=lr: lr)))
     return history
+
+
+def blamed(engine: Engine, broken: str | None) -> list[str]:
+    """Whose gradients are reported where rank 1's of one parameter is infinite; the step is then dropped."""
+    hook = None
+    if broken is not None and engine.rank == 1:
+        hook = engine.model.get_parameter(broken).register_hook(lambda gradient: gradient * math.inf)
+    with engine.nonfinite_gradients() as names:
+        engine.backward(engine(tokens(0, 0, engine.rank)))
+    if hook is not None:
+        hook.remove()
+    engine.step(lambda _: None)
+    return names
 
 
 def held_out(engine: Engine) -> float:
@@ -174,8 +189,15 @@ def exercise(root: Path) -> dict[Any, dict[str, Any]]:
         resumed.load(folder)
         case["after_load"], case["held_out_after_load"] = resumed.gather_weights(), held_out(resumed)
         case["poisoned"] = train(resumed, range(1), poison=True)[0][1]
+        case["vetoed"] = train(resumed, range(1), veto=True)[0][1]
         case["after_poison"] = resumed.gather_weights()
         case["resumed_history"], case["resumed"] = train(resumed, range(half, STEPS)), resumed.gather_weights()
+
+        fresh = Engine(TinyModel(), config)
+        case["first_vetoed"] = train(fresh, range(5, 6), veto=True)[0][1]
+        case["after_first_veto"] = train(fresh, range(half))
+        case["blamed"], case["blamed_for_nothing"] = blamed(fresh, "experts.gate_up"), blamed(fresh, None)
+        case["after_blame"], fresh = train(fresh, range(half, STEPS)), None
 
         resumed.load(folder)  # into an engine that has trained: a roll-back
         case["replayed_history"], case["replayed"] = train(resumed, range(half, STEPS)), resumed.gather_weights()
@@ -278,6 +300,25 @@ def test_resume_and_skip_are_bitwise(case: tuple[int, str, list[Any]]) -> None:
     assert_same(by_rank[0]["after_poison"], by_rank[0]["at_save"])
     assert_same(by_rank[0]["resumed"], by_rank[0]["weights"])
     assert_same(by_rank[0]["replayed"], by_rank[0]["weights"])
+
+
+def test_a_finite_gradient_can_be_dropped_even_the_first(case: tuple[int, str, list[Any]]) -> None:
+    _, _, by_rank = case
+    for rank in by_rank:
+        for result in (rank["vetoed"], rank["first_vetoed"]):
+            assert not result.applied
+            assert 0 < result.grad_norm < math.inf
+        assert rank["after_first_veto"] == rank["history"][: STEPS // 2]
+
+
+def test_the_parameter_and_the_rank_of_a_gradient_that_is_not_finite_are_found(
+    case: tuple[int, str, list[Any]],
+) -> None:
+    _, _, (first, second) = case
+    assert (first["blamed"], second["blamed"]) == ([], ["experts.gate_up"])
+    assert first["blamed_for_nothing"] == second["blamed_for_nothing"] == []
+    for rank in (first, second):
+        assert rank["after_blame"] == rank["history"][STEPS // 2 :]
 
 
 def test_the_configuration_outranks_the_checkpoint(case: tuple[int, str, list[Any]]) -> None:

@@ -81,7 +81,7 @@ def test_state_bytes_are_those_of_a_stepped_engine(precision: str, stage: int, c
         engine = Engine(Transformer(settings), settings)
         tokens = torch.zeros(1, 32, dtype=torch.int64)
         engine.backward(engine(tokens, tokens).objective)
-        engine.step(1e-3)
+        engine.step(lambda _: 1e-3)
         used = _bytes_of_live_tensors() - tensors
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         estimate = preflight.state_bytes(parameters, settings, 1)

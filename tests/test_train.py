@@ -1,17 +1,25 @@
 """Whole runs through the public command: golden losses, resuming to the bit, interruption, and every refusal."""
 
 import json
+import math
 import resource
 import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from corpus import write_config, write_corpus
 from launch import interrupt, launch, only_run, records
 
 from ava_fast import train
+from ava_fast.config import load_config
+from ava_fast.data.prepare import prepare
+from ava_fast.data.shards import read_index
+from ava_fast.data.tokenizer import load_tokenizer
+from ava_fast.model.huggingface import write_model
+from ava_fast.model.transformer import Transformer
 
 # World size → the loss of each step of the configuration in corpus.py. What changes these numbers changes training:
 # say why when you replace them.
@@ -267,10 +275,56 @@ def test_a_world_that_cannot_share_the_batch_is_refused_before_anything_starts(
     assert "training.batch_size: cannot be shared out over 3 ranks" in capsys.readouterr().err
 
 
-def test_training_that_diverges_stops_with_code_3(
+def test_training_that_diverges_is_skipped_cut_and_stopped_with_code_3(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_config(tmp_path / "c.yaml", corpus, training={"learning_rate": 1e37, "warmup_steps": 0})
+    config = write_config(
+        tmp_path / "c.yaml",
+        corpus,
+        training={"learning_rate": 1e37, "warmup_steps": 0},
+        stability={"max_skips": 1, "max_rollbacks": 0},
+    )
     assert train.main(["--config", str(config)]) == 3
-    assert "was not taken" in capsys.readouterr().out
-    assert "| status | stopped |" in (only_run(config) / "report.md").read_text()
+    out, run = capsys.readouterr().out, only_run(config)
+    assert "STOP" in out
+    assert f"an emergency checkpoint is {run / 'checkpoints'}" in out
+    assert "training.learning_rate (now 1e+37)" in out
+    assert [record["verdict"] for record in records(run, "verdict")] == ["SKIP", "CUT", "SKIP", "STOP"]
+    report, errors = (run / "report.md").read_text(), (run / "logs" / "errors.log").read_text()
+    assert "| status | stopped |" in report
+    assert "2 × SKIP, 1 × CUT, 1 × STOP" in report
+    assert "| SKIP | the gradient norm is " in report
+    assert errors.count("WARNING") >= 4
+    assert train.main(["--config", str(config), "--resume", "latest", "--override", "training.learning_rate=0.01"]) == 3
+
+
+def test_a_poisoned_document_is_passed_over_and_named(tmp_path: Path) -> None:
+    """A token that one document alone has, and whose embedding is not a number."""
+    text = write_corpus(tmp_path / "text", documents=8, words=300)
+    (text / "000.txt").write_text("ba ko \x07\n")
+    config = write_config(tmp_path / "c.yaml", text, training={"seed": 2})  # whose twelfth batch has it
+    settings = load_config(config)
+    shards = prepare(text, settings.data.cache_dir, vocab_size=settings.model.vocab_size)
+    (token,) = load_tokenizer(shards).encode("\x07", add_special_tokens=False).ids
+    tokens = np.fromfile(shards / "train" / "00000.bin", "<u2")
+    (place,) = (tokens == token).nonzero()[0]
+    document = int((tokens[:place] == read_index(shards).eos_id).sum())
+    weights = Transformer(settings).state_dict()
+    weights["embed.weight"][token] = math.nan
+    write_model(weights, settings.model_dump(include={"model", "moe"}), tmp_path / "weights", None)
+
+    finished = launch(config, "--override", f"training.init_from={tmp_path / 'weights'}", ranks=2)
+    assert finished.returncode == 0, finished.stdout
+    run = only_run(config)
+    (verdict,) = records(run, "verdict")
+    assert verdict["step"] == 11
+    assert (verdict["verdict"], verdict["trouble"]) == ("SKIP", "loss not finite")
+    (culprit,) = verdict["culprits"]
+    assert document in culprit["documents"]
+    steps = records(run, "step")
+    assert [step["step"] for step in steps] == list(range(1, 21))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1.0
+    told = f"rank {culprit['rank']}: documents {', '.join(map(str, culprit['documents'][:5]))}"
+    assert told in (run / "logs" / "errors.log").read_text()
+    assert told in (run / "report.md").read_text()
+    assert "| bad steps | 1 × loss not finite, 1 × SKIP |" in (run / "report.md").read_text()

@@ -20,7 +20,7 @@ from typing import Any
 from ava_fast.errors import UserError
 from ava_fast.files import sync, write_synced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -70,6 +70,17 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
         if path.name.removeprefix("step_").isdigit() and (path / MANIFEST).is_file()
     ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def rewind(checkpoint: Path) -> None:
+    """Makes `checkpoint` the newest: points `latest` at it and deletes those after it."""
+    checkpoints = checkpoint.parent
+    write_synced(checkpoints / "latest.tmp", checkpoint.name.encode())
+    os.replace(checkpoints / "latest.tmp", checkpoints / "latest")
+    sync(checkpoints)
+    found = list_checkpoints(checkpoints)
+    for newer in found[found.index(checkpoint) + 1 :]:
+        shutil.rmtree(newer)
 
 
 def find_checkpoint(path: Path) -> Path:

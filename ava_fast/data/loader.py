@@ -53,7 +53,9 @@ class TokenLoader:
         self._batch_size = batch_size
         self._epoch, self._order = -1, np.empty(0, np.int64)
         self.position = 0
-        """Sequences handed out so far, over all ranks and epochs."""
+        """Where the next batch starts: sequences handed out or passed over so far, over all ranks and epochs."""
+        self.avoid: list[tuple[int, int]] = []
+        """Stretches of positions, [start, stop), that no batch may touch: `next_batch` passes over them."""
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -67,15 +69,30 @@ class TokenLoader:
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the next batch: tokens_BS and labels_BS, int64 on the CPU, labels one token ahead."""
-        first = self.position + self._rank * self._rows
-        sequences_BS1 = np.stack([self._sequences.read(self._index(first + row)) for row in range(self._rows)])
+        for start, stop in sorted(self.avoid):
+            if start < self.position + self._batch_size and self.position < stop:
+                self.position = stop
+        sequences_BS1 = np.stack([self._sequences.read(index) for index in self.share(self.position)])
         self.position += self._batch_size
         return torch.from_numpy(sequences_BS1[:, :-1].copy()), torch.from_numpy(sequences_BS1[:, 1:].copy())
 
+    def share(self, position: int) -> list[int]:
+        """Which sequences of the split are this rank's in the batch that starts at `position`."""
+        first = position + self._rank * self._rows
+        return [self._index(first + row) for row in range(self._rows)]
+
+    def documents(self, position: int) -> list[int]:
+        """Which documents of the split, counted from 0, this rank's share of the batch at `position` touches.
+
+        The first call reads the split up to there.
+        """
+        return sorted({document for index in self.share(position) for document in self._sequences.documents(index)})
+
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what must be the same for it to mean the same."""
+        """The position and what to avoid, and what must be the same for it to mean the same."""
         return {
             "position": self.position,
+            "avoid": [list(stretch) for stretch in self.avoid],
             "seed": self._seed,
             "max_length": self._sequences.max_length,
             "fingerprint": self._sequences.fingerprint,
@@ -94,6 +111,7 @@ class TokenLoader:
         if changes:
             raise UserError(f"cannot continue at the checkpoint's place in the data: {'; '.join(changes)}; set it back")
         self.position = state["position"]
+        self.avoid = [(start, stop) for start, stop in state["avoid"]]
 
     def _index(self, position: int) -> int:
         """Which sequence the endless order has at `position`."""
@@ -146,3 +164,8 @@ class _Sequences:
         """The max_length + 1 tokens of a sequence."""
         start = index * self.max_length
         return self._stream.read(start, start + self.max_length + 1)
+
+    def documents(self, index: int) -> range:
+        """The documents that the sequence's max_length + 1 tokens belong to, counted from 0."""
+        start = index * self.max_length
+        return range(self._stream.document(start), self._stream.document(start + self.max_length) + 1)

@@ -194,13 +194,28 @@ class TokenStream:
         shards = index.split(split).shards
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self._files = [Path(folder) / shard.file for shard in shards]
-        self._vocab_size = index.vocab_size
+        self._vocab_size, self._eos_id = index.vocab_size, index.eos_id
         self.arrays: list[npt.NDArray[Any]] = [np.memmap(file, dtype, mode="r") for file in self._files]
         """One read-only memory map per shard."""
         self._ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
+        self._documents_in: dict[int, int] = {}  # shard → ends of text in it, once they were counted
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def document(self, position: int) -> int:
+        """Which document the token at `position` belongs to, counted from 0; its end of text is its last token.
+
+        Counts the ends of text before it, a shard at a time, and remembers each whole shard's.
+        """
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        for earlier in range(shard):
+            if earlier not in self._documents_in:
+                self._documents_in[earlier] = int(np.count_nonzero(self.arrays[earlier] == self._eos_id))
+        array = self.arrays[shard]
+        within = array[: position - (int(self._ends[shard]) - len(array))]
+        whole = sum(self._documents_in[earlier] for earlier in range(shard))
+        return whole + int(np.count_nonzero(within == self._eos_id))
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens [start, stop), across files. Raises UserError naming a file that holds an impossible token id."""

@@ -23,25 +23,35 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
     if routed:
         _plot_routing(folder / "routing.png", routed, config.model.num_dense_layers)
     report = folder / "report.md"
-    report.write_text(_markdown(folder, config, steps, evaluations, summary), encoding="utf-8")
+    report.write_text(_markdown(folder, config, records, summary), encoding="utf-8")
     return report
 
 
 def _markdown(
     folder: Path,
     config: Config,
-    steps: list[dict[str, Any]],
-    evaluations: list[dict[str, Any]],
+    records: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> str:
+    verdicts = [record for record in records if record["kind"] == "verdict"]
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
     lines = [f"# {folder.name}", ""]
     if steps:
         lines += ["![Loss, learning rate and gradient norm by step](loss.png)", ""]
     lines += ["| | |", "|---|---|"]
-    for name, value in _rows(steps, evaluations, summary):
+    rows = _rows(steps, evaluations, summary)
+    if verdicts:
+        rows.append(("bad steps", ", ".join(f"{count} × {name}" for name, count in verdicts[-1]["counts"].items())))
+    for name, value in rows:
         lines.append(f"| {name} | {value} |")
     if steps and "routing" in steps[-1]:
         lines += ["", "## Routing", "", "![Utilisation, entropy and overflow of each block by step](routing.png)"]
+    if verdicts:
+        lines += ["", "## Bad steps", "", "| after step | verdict | why | where |", "|---|---|---|---|"]
+        lines += [f"| {v['step']} | {v['verdict']} | {v['reason']} | {_where(v['culprits'])} |" for v in verdicts[:50]]
+        if len(verdicts) > 50:
+            lines.append(f"| | | {len(verdicts) - 50} more are in metrics.jsonl | |")
     if evaluations:
         lines += ["", "## Held-out loss", "", "| step | nats per token | perplexity |", "|---|---|---|"]
         lines += [f"| {e['step']} | {e['loss']:.4f} | {_perplexity(e['loss'])} |" for e in evaluations]
@@ -75,6 +85,15 @@ def _rows(
         if name in summary:
             rows.append((f"{name} baseline", f"{summary[name]:.4f} nats per token on the same tokens"))
     return rows
+
+
+def _where(culprits: list[dict[str, Any]]) -> str:
+    """`rank 1: documents 3, 4; embedding.weight`"""
+    return "; ".join(
+        f"rank {each['rank']}: documents " + "; ".join(", ".join(map(str, each[key][:5])) for key in keys)
+        for each in culprits
+        if (keys := [key for key in ("documents", "parameters") if each[key]])
+    )
 
 
 def _perplexity(loss: float) -> str:

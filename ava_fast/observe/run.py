@@ -73,10 +73,15 @@ def _experiment_of(run_name: str) -> str | None:
 class Metrics:
     """metrics.jsonl: appended line by line, so that a run that dies leaves all but its last line."""
 
-    def __init__(self, path: Path, keep_steps: int):
-        """Opens for appending; records after step `keep_steps`, of a run that is resumed before them, are dropped."""
+    def __init__(self, path: Path, keep_steps: int, keep_verdicts: int = 0):
+        """Opens for appending. Of a run that is resumed or rolled back, records after step `keep_steps` are dropped,
+        and of its verdicts, which belong to no step, those after the first `keep_verdicts`."""
         if path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= keep_steps]
+            kept, verdicts = [], 0
+            for record in read_metrics(path):
+                verdicts += record["kind"] == "verdict"
+                if verdicts <= keep_verdicts if record["kind"] == "verdict" else record["step"] <= keep_steps:
+                    kept.append(record)
             replacement = path.with_suffix(".tmp")
             replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(replacement, path)

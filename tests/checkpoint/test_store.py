@@ -82,3 +82,12 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     (final / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         store.read_manifest(final)
+
+
+def test_a_rewind_makes_an_older_checkpoint_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        save(tmp_path, step)
+    store.rewind(tmp_path / "step_4")
+    assert [path.name for path in store.list_checkpoints(tmp_path)] == ["step_2", "step_4"]
+    assert store.find_checkpoint(tmp_path).name == "step_4"
+    store.read_manifest(tmp_path / "step_4")

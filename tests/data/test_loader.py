@@ -193,3 +193,40 @@ def test_heldout_sequences_are_fixed_spread_and_shared_out(
     assert {share.shape[1] for share in shares} == {5}
     assert {share.dtype for share in shares} == {np.dtype(np.int64)}
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_batches_pass_over_what_is_to_be_avoided_whether_it_is_known_before_or_after_a_resume() -> None:
+    documents = [[number] * 9 for number in range(20)]
+    arguments = {"max_length": 4, "batch_size": 4, "seed": 3}
+    with shards(documents) as folder:
+        plain = global_batches(folder, 2, 12, **arguments)
+        for avoid, kept in (
+            ([(8, 16)], [0, 1, 4, 5, 6]),
+            ([(20, 24), (8, 12), (12, 20)], [0, 1, 6, 7]),
+            ([(9, 15)], [0, 1]),  # not at batches' edges: the batches that they touch are not seen whole
+        ):
+            loaders = [TokenLoader(folder, **arguments, rank=rank, world_size=2) for rank in range(2)]  # type: ignore[arg-type]
+            seen = []
+            for place in range(len(kept)):
+                resumed = [TokenLoader(folder, **arguments, rank=rank, world_size=2) for rank in range(2)]  # type: ignore[arg-type]
+                for loader, other in zip(loaders, resumed, strict=True):
+                    loader.avoid = list(avoid) if place == 0 else loader.avoid
+                    other.load_state_dict(loader.state_dict())
+                loaders = resumed
+                seen.append([row for loader in loaders for row in loader.next_batch()[0].tolist()])
+            assert seen == [[row[:-1] for row in plain[number]] for number in kept]
+            assert loaders[0].position == loaders[1].position
+        assert loaders[0].next_batch()[0].shape == (2, 4)
+        assert loaders[0].position == 15 + 4
+
+
+def test_documents_of_a_batch_are_those_whose_tokens_it_holds() -> None:
+    documents = [[number] * (1 + number % 7) for number in range(30)]
+    with shards(documents) as folder:
+        loader = TokenLoader(folder, max_length=5, batch_size=2, seed=1)
+        numbers = [number for number, document in enumerate(documents) for _ in [*document, EOS]]
+        for _ in range(20):
+            position = loader.position
+            expected = {n for index in loader.share(position) for n in numbers[5 * index : 5 * index + 6]}
+            assert loader.documents(position) == sorted(expected)
+            loader.next_batch()

@@ -68,15 +68,19 @@ def test_durations(seconds: float, shown: str) -> None:
 def test_resuming_drops_records_after_the_checkpoint_and_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path, 0)
-    for step in (1, 2, 3):
-        metrics.write({"step": step})
+    written = [("step", 1), ("verdict", 1), ("step", 2), ("verdict", 2), ("verdict", 2), ("step", 3)]
+    for kind, step in written:
+        metrics.write({"kind": kind, "step": step})
     metrics.close()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    metrics = Metrics(path, 2)
-    metrics.write({"step": 3, "again": True})
+    metrics = Metrics(path, 2, 2)  # of the two verdicts after step 2, the second came after the checkpoint
+    metrics.write({"kind": "step", "step": 3, "again": True})
     metrics.close()
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    kept = [{"kind": kind, "step": step} for kind, step in written[:4]]
+    assert read_metrics(path) == [*kept, {"kind": "step", "step": 3, "again": True}]
+    Metrics(path, 1, 2).close()  # a roll-back: the steps go, the verdicts that led to it stay
+    assert read_metrics(path) == [kept[0], kept[1], kept[3]]
 
 
 def test_runs_are_named_and_the_newest_of_a_name_is_found(tmp_path: Path) -> None:
