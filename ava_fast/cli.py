@@ -5,6 +5,7 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast replay outputs/runs/run_…/bad_batches/step_9_at_80
 
 Exit code 2 and one line where the input cannot be used.
 """
@@ -110,6 +111,27 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace) -> int:
+    from ava_fast.data.tokenizer import load_tokenizer
+    from ava_fast.stability.replay import replay, step_of
+
+    batch = Path(options.batch).resolve()
+    step = step_of(batch)
+    if options.weights:
+        source = Path(options.weights)
+    else:
+        saved = store.list_checkpoints(batch.parent.parent / "checkpoints")
+        earlier = [path for path in saved if int(path.name.removeprefix("step_")) <= step]
+        if not earlier:
+            raise UserError(f"{batch}: no checkpoint of its run is from step {step} or before; name one with --weights")
+        source = earlier[-1]
+    weights, config, tokenizer_file = _load(source)
+    print(f"the batch after step {step}, with the weights of {source}")
+    for line in replay(batch, weights, config, load_tokenizer(tokenizer_file) if tokenizer_file else None):
+        print(line)
+    return 0
+
+
 def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
     """Weights, settings and tokenizer of a run, a checkpoint or an imported folder."""
     from ava_fast.engine import read_weights
@@ -156,6 +178,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True)
     command.add_argument("--architecture", choices=["mixtral", "qwen3_moe", "qwen2_moe"], help="the one that fits")
     command.set_defaults(command=_export)
+
+    command = commands.add_parser("replay", help="compute a bad batch again and say what is wrong with it")
+    command.add_argument("batch", help="a folder in a run's bad_batches")
+    command.add_argument("--weights", help="a checkpoint; the newest of the run from before the batch if left out")
+    command.set_defaults(command=_replay)
 
     command = commands.add_parser("import", help="read a Hugging Face folder")
     command.add_argument("source")

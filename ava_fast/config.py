@@ -194,6 +194,8 @@ class StabilityConfig(Section):
     """Good steps over which the rate climbs back after a cut."""
     max_rollbacks: Count = 2
     """Times that a run may go back to its last good checkpoint before it stops instead."""
+    dump_batches: Count = 8
+    """The run's first bad batches that are kept in `bad_batches/` of its folder, for `ava-fast replay`."""
 
 
 class MemoryConfig(Section):

@@ -32,6 +32,7 @@ from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.schedule.learning_rate import learning_rate
 from ava_fast.stability.judge import Judge, Ruling, Trouble, Verdict
+from ava_fast.stability.replay import dump
 
 logger = logging.getLogger(__name__)
 evaluation_logger = logging.getLogger(EVALUATION_LOG)
@@ -132,6 +133,7 @@ class Trainer:
             own_losses = [figures[0].item() for figures in seen]
             culprits = self._culprits(ruling, batches, positions, own_losses, noise)
             self._tell(ruling, loss, result.grad_norm, culprits)
+            self._dump(batches, noise)
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
@@ -228,6 +230,15 @@ class Trainer:
             logger.warning(
                 f"the learning rate is cut to {ruling.factor:g} of its schedule, and back in {steps} good steps"
             )
+
+    def _dump(self, batches: list[tuple[torch.Tensor, torch.Tensor]], noise: dict[str, Any]) -> None:
+        """Keeps the batch for `ava-fast replay`, on every rank; a disk that refuses is no reason to end a run."""
+        if self.judge.bad_steps > self.config.stability.dump_batches:
+            return
+        folder = self.run_folder / "bad_batches" / f"step_{self.step}_at_{self.loader.position}"
+        error = _attempt(lambda: dump(folder, self.engine.rank, batches, noise["torch"]))
+        if error:
+            logger.warning(f"{folder}: the batch could not be written ({error})")
 
     def _roll_back(self) -> None:
         """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""

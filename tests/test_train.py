@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from corpus import write_config, write_corpus
 from launch import interrupt, launch, only_run, records
 
-from ava_fast import train
+from ava_fast import cli, train
 from ava_fast.config import load_config
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import read_index
@@ -298,7 +299,9 @@ def test_training_that_diverges_is_skipped_cut_and_stopped_with_code_3(
     assert train.main(["--config", str(config), "--resume", "latest", "--override", "training.learning_rate=0.01"]) == 3
 
 
-def test_a_poisoned_document_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_poisoned_document_is_passed_over_named_and_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A token that one document alone has, and whose embedding is not a number."""
     text = write_corpus(tmp_path / "text", documents=8, words=300)
     (text / "000.txt").write_text("ba ko \x07\n")
@@ -328,3 +331,17 @@ def test_a_poisoned_document_is_passed_over_and_named(tmp_path: Path) -> None:
     assert told in (run / "logs" / "errors.log").read_text()
     assert told in (run / "report.md").read_text()
     assert "| bad steps | 1 × loss not finite, 1 × SKIP |" in (run / "report.md").read_text()
+
+    (batch,) = (run / "bad_batches").iterdir()
+    assert batch.name == f"step_11_at_{12 * 8}"
+    assert cli.main(["replay", str(batch)]) == 0  # with the weights of step 10
+    by_rank = dict(re.findall(r"rank (\d): loss (\S+) ", said := capsys.readouterr().out))
+    assert said.startswith(f"the batch after step 11, with the weights of {run}/checkpoints/step_10\n")
+    other = 1 - culprit["rank"]
+    assert by_rank[str(culprit["rank"])] == "nan"
+    assert 3 < float(by_rank[str(other)]) < 6
+    (worst,) = [line for line in said.splitlines() if "sequence" in line and "loss nan" in line]
+    assert "\\x07" in worst
+    assert said.count("gradient not finite in ") == 1
+    assert cli.main(["replay", str(run)]) == 2
+    assert "holds no bad batch" in capsys.readouterr().err
