@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +112,7 @@ def _measure(tensors: list[Tensor], device: str, runs: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 2):  # the first warm up
         for name, contender in contenders.items():
-            elapsed = _time(contender, device)
+            elapsed = machine.timed(contender, device)
             if run >= 2:
                 seconds[name].append(elapsed)
     ratios = {name: machine.spread_of_ratios(seconds[name], seconds["ours"]) for name in PEERS}
@@ -138,20 +137,6 @@ def _capture(action: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         action()
     return graph.replay
-
-
-def _time(action: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        started_at = time.perf_counter()
-        action()
-        return time.perf_counter() - started_at
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    action()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def _check(tensors: list[Tensor]) -> None:

@@ -6,6 +6,8 @@ import json
 import platform
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +44,21 @@ def _version(name: str) -> str | None:
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]
+
+
+def timed(action: Callable[[], object], device: str) -> float:
+    """Seconds that one call takes; on a GPU, by its own clock."""
+    if device == "cpu":
+        started_at = time.perf_counter()
+        action()
+        return time.perf_counter() - started_at
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    action()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

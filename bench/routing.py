@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +89,7 @@ def _measure(T: int, E: int, K: int, device: str, runs: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 3):  # the first warm up
         for name, contender in contenders.items():
-            elapsed = _time(contender, device)
+            elapsed = machine.timed(contender, device)
             if run >= 3:
                 seconds[name].append(elapsed)
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -108,20 +107,6 @@ def _measure(T: int, E: int, K: int, device: str, runs: int) -> dict[str, Any]:
     if device == "cuda":
         row["share_of_copy_bandwidth"] = median["copy of the same bytes"] / median["ours"]
     return row
-
-
-def _time(action: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        started_at = time.perf_counter()
-        action()
-        return time.perf_counter() - started_at
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    action()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def _check(name: str, logits: Tensor, top_k: int, capacity: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -34,16 +33,6 @@ def _nothing_collected():
     yield
     megablocks.clear_load_balancing_loss()
     megablocks.clear_router_zloss()
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("Triton was told not to interpret")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
-    return request.param
 
 
 # --- Operations ---

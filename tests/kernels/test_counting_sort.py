@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from ava_kernels.routing.op import counting_sort
@@ -12,16 +10,6 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 INTEGERS = [torch.int16, torch.int32, torch.int64]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("Triton was told not to interpret")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
-    return request.param
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -27,23 +26,6 @@ pytestmark = [
 
 DECISIONS = ("expert", "requested", "offsets", "token", "slot", "rerouted", "dropped")
 FLOATS = ("weight", "probs", "lse", "mean_prob")
-
-
-# Where no inputs are named as too slow for the interpreter, a test takes this fixture and runs on both backends.
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
-    return request.param
-
-
-@pytest.fixture
-def triton_backend(monkeypatch):
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was told not to interpret")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
 
 
 @pytest.fixture

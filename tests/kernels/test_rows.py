@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -13,22 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        request.getfixturevalue("triton_backend")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
-    return request.param
-
-
-@pytest.fixture
-def triton_backend(monkeypatch):
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was told not to interpret")
-    monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
 
 
 @pytest.fixture
