@@ -109,13 +109,17 @@ class Trainer:
         """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
         training, engine = self.config.training, self.engine
         started_at, noise = time.perf_counter(), _generator_states()
-        batches, positions, seen = [], [], []
+        batches, positions, seen, errors = [], [], [], []
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batches.append(self.loader.next_batch())
+            batch, error = self._read()
+            batches.append(batch)
             positions.append(self.loader.position - training.batch_size)
-            output = self._forward_backward(batches[-1])
+            output = self._forward_backward(batch)
             seen.append(_figures(output))
+            if error:
+                errors.append(error)
+                seen[-1][0] = math.nan  # which every rank will learn
         totals = self._over_ranks(torch.stack(seen).sum(0), output.requested.shape)
         (loss, balance_loss, z_loss), routing, requested_LE, interrupted = totals
         lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
@@ -131,7 +135,7 @@ class Trainer:
             if self._trouble_from is None:
                 self._trouble_from = positions[0]
             own_losses = [figures[0].item() for figures in seen]
-            culprits = self._culprits(ruling, batches, positions, own_losses, noise)
+            culprits = self._culprits(ruling, batches, positions, own_losses, noise, errors)
             self._tell(ruling, loss, result.grad_norm, culprits)
             self._dump(batches, noise)
         elif self.judge.calm:
@@ -164,6 +168,16 @@ class Trainer:
         )
         return ruling, interrupted
 
+    def _read(self) -> tuple[tuple[torch.Tensor, torch.Tensor], str | None]:
+        """The next batch; or, where the data is damaged, one that takes its place, and what is wrong: the other ranks
+        are on their way into a collective, and this one must be there."""
+        try:
+            return self.loader.next_batch(), None
+        except UserError as error:
+            rows = self.config.training.batch_size // self.engine.world_size
+            nothing_BS = torch.zeros(rows, self.config.data.max_length, dtype=torch.int64)
+            return (nothing_BS, nothing_BS), str(error)
+
     def _forward_backward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Output:
         tokens_BS, labels_BS = (t.to(self.engine.device, non_blocking=True) for t in batch)
         output: Output = self.engine(tokens_BS, labels_BS)
@@ -177,6 +191,7 @@ class Trainer:
         positions: list[int],
         losses: list[float],
         noise: dict[str, Any],
+        errors: list[str],
     ) -> list[dict[str, Any]]:
         """What each rank knows of a bad step: the documents that it saw, its loss, and, if only the gradient is not
         finite, the parameters in which it is not, found by computing the step once more. Collective.
@@ -197,6 +212,7 @@ class Trainer:
             "loss": _number(sum(losses) / len(losses)),
             "parameters": names,
             "documents": sorted(documents),
+            **({"errors": errors} if errors else {}),
         }
         everyone: list[dict[str, Any]] = [{}] * self.engine.world_size
         dist.all_gather_object(everyone, own)
@@ -480,6 +496,7 @@ def _blame(culprits: list[dict[str, Any]]) -> str:
     return "; ".join(
         f"rank {each['rank']}: documents {some(each['documents'])}"
         + (f", parameters {some(each['parameters'])}" if each["parameters"] else "")
+        + "".join(f", {error}" for error in each.get("errors", []))
         for each in culprits
     )
 

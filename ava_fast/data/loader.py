@@ -68,12 +68,16 @@ class TokenLoader:
         return self.position / self.sequences_per_epoch
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's share of the next batch: tokens_BS and labels_BS, int64 on the CPU, labels one token ahead."""
+        """This rank's share of the next batch: tokens_BS and labels_BS, int64 on the CPU, labels one token ahead.
+
+        Raises UserError naming a file that is damaged; the next call goes on behind this batch.
+        """
         for start, stop in sorted(self.avoid):
             if start < self.position + self._batch_size and self.position < stop:
                 self.position = stop
-        sequences_BS1 = np.stack([self._sequences.read(index) for index in self.share(self.position)])
-        self.position += self._batch_size
+        indices = self.share(self.position)
+        self.position += self._batch_size  # even if the next line fails: ranks stay at the same place
+        sequences_BS1 = np.stack([self._sequences.read(index) for index in indices])
         return torch.from_numpy(sequences_BS1[:, :-1].copy()), torch.from_numpy(sequences_BS1[:, 1:].copy())
 
     def share(self, position: int) -> list[int]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ava_fast.data.loader import TokenLoader, heldout_sequences
-from ava_fast.data.shards import Piece, write_shards
+from ava_fast.data.shards import Piece, TokenStream, write_shards
 from ava_fast.errors import UserError
 
 EOS = 65_535  # the largest uint16: signed arithmetic anywhere would show
@@ -230,3 +230,19 @@ def test_documents_of_a_batch_are_those_whose_tokens_it_holds() -> None:
             expected = {n for index in loader.share(position) for n in numbers[5 * index : 5 * index + 6]}
             assert loader.documents(position) == sorted(expected)
             loader.next_batch()
+
+
+def test_a_batch_that_cannot_be_read_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shards([[number] * 9 for number in range(20)]) as folder:
+        plain, damaged = (TokenLoader(folder, max_length=4, batch_size=2, seed=0) for _ in range(2))
+        expected = [plain.next_batch()[0] for _ in range(3)]
+        with monkeypatch.context() as patched:
+            patched.setattr(TokenStream, "read", lambda *_: damaged_file())
+            with pytest.raises(UserError, match="damaged"):
+                damaged.next_batch()
+        assert torch.equal(damaged.next_batch()[0], expected[1])
+        assert torch.equal(damaged.next_batch()[0], expected[2])
+
+
+def damaged_file() -> None:
+    raise UserError("0.bin is damaged")

@@ -21,7 +21,7 @@ from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import read_index
 from ava_fast.data.tokenizer import load_tokenizer
 from ava_fast.engine import close_distributed, init_distributed
-from ava_fast.errors import TrainingError
+from ava_fast.errors import TrainingError, UserError
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer, seed_generators
@@ -34,7 +34,8 @@ BROKEN = "blocks.1.mlp.down"
 FAULTS = {9: ("nan loss", 1), 13: ("inf gradient", 0), 15: ("explosion", 1)} | dict.fromkeys(
     (17, 18, 19), ("nan loss", 0)
 )
-STEPS = 16  # of 23 batches
+FAULTS[21] = ("damaged file", 1)
+STEPS = 16  # of 24 batches
 FIXED = ["stability.window=8", "stability.max_skips=7", f"training.max_steps={STEPS}"]
 LADDER = ["stability.window=4", "stability.max_skips=1", "stability.recovery_steps=4", "checkpoint.save_steps=4"]
 CLOCK = {"seconds", "tokens_per_second"}
@@ -83,6 +84,8 @@ class Run:
             loader.position += self.size
         found = self._next_batch()
         self.batch = (loader.position - 1) // self.size
+        if self._fault() == "damaged file":
+            raise UserError("data.data_dir: 00000.bin holds token 999")
         return found
 
     def _fault(self) -> str:
@@ -199,27 +202,22 @@ def test_skipped_batches_leave_no_trace(case: dict[str, Any]) -> None:
 
 def test_every_fault_is_told_with_its_rank_its_parameter_and_its_documents(case: dict[str, Any]) -> None:
     verdicts = case["faulty"]["verdict"]
-    kinds = ["loss", "loss", "gradient", "explosion", "loss", "loss", "loss"]
+    kinds = ["loss", "loss", "gradient", "explosion", "loss", "loss", "loss", "loss"]
     names = {"loss": "loss not finite", "gradient": "gradient not finite", "explosion": "gradient explosion"}
     assert [v["trouble"] for v in verdicts] == [names[kind] for kind in kinds]
     assert {v["verdict"] for v in verdicts} == {"SKIP"}
-    assert [v["step"] for v in verdicts] == [9, 10, 11, 12, 13, 13, 13]
-    assert [v["position"] for v in verdicts] == [8 * (batch + 1) for batch in (9, 11, 13, 15, 17, 18, 19)]
-    assert [[c["rank"] for c in v["culprits"]] for v in verdicts[:1] + verdicts[2:]] == [
-        [1],
-        [0],
-        [0, 1],
-        [0],
-        [0],
-        [0],
-    ]
+    assert [v["step"] for v in verdicts] == [9, 10, 11, 12, 13, 13, 13, 14]
+    assert [v["position"] for v in verdicts] == [8 * (batch + 1) for batch in (9, 11, 13, 15, 17, 18, 19, 21)]
+    by_rank = [[culprit["rank"] for culprit in verdict["culprits"]] for verdict in verdicts]
+    assert by_rank == [[1], [0], [0], [0, 1], [0], [0], [0], [1]]
     assert [c["parameters"] for v in verdicts for c in v["culprits"] if c["parameters"]] == [[BROKEN]]
     (poisoned,) = verdicts[1]["culprits"]
     assert poisoned["rank"] == 0
     assert case["poisoned document"] in poisoned["documents"]
+    assert verdicts[-1]["culprits"][0]["errors"] == ["data.data_dir: 00000.bin holds token 999"] * 2
     assert verdicts[3]["grad_norm"] > 1e4
     assert verdicts[-1]["counts"] == {
-        "loss not finite": 5, "gradient not finite": 1, "gradient explosion": 1, "SKIP": 7
+        "loss not finite": 6, "gradient not finite": 1, "gradient explosion": 1, "SKIP": 8
     }  # fmt: skip
 
 
