@@ -4,7 +4,8 @@
 
 The public operations run on meta tensors at the shapes that the benchmarks time; each kernel launch is caught and
 compiled for sm_90 instead, specialised as Triton would for these arguments. Reported per launch: registers and bytes
-of spills a thread, bytes of shared memory a program.
+of spills a thread, bytes of shared memory a program; for products also how many tensor core (wgmma) and asynchronous
+fetch instructions (TMA and cp.async) the code has.
 """
 
 from __future__ import annotations
@@ -26,13 +27,24 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from ava_kernels.experts import kernels as experts
+from ava_kernels.experts import row_kernels
 from ava_kernels.routing import kernels as routing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-LINE = "{case:40} {kernel:14} {warps:2} warps {registers:4} registers {spills:5} B spilled {shared:6} B shared"
+LINE = "{case:44} {kernel:11} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared"
+INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tma": r"cp\.async\.bulk\.tensor", "cp_async": r"cp\.async\.c[ag]\."}
+# T, M, I, E, K of the published benchmarks, and of two models.
+EXPERTS = [
+    (40960, 768, 256, 128, 8), (40960, 768, 512, 64, 4), (40960, 768, 1024, 32, 2),
+    (24576, 1536, 256, 128, 8), (24576, 1536, 512, 64, 4), (24576, 1536, 1024, 32, 2),
+    (32768, 4096, 256, 256, 16), (32768, 4096, 512, 128, 8), (32768, 4096, 1024, 64, 4),
+    (32768, 4096, 512, 256, 16), (32768, 4096, 1024, 128, 8), (32768, 4096, 2048, 64, 4),
+    (8192, 2048, 768, 128, 8), (32768, 2048, 1024, 64, 8),
+]  # fmt: skip
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -75,10 +87,42 @@ def rows(T: int, K: int, H: int, dtype: torch.dtype, weighted: bool) -> Callable
     def run() -> None:
         x, y = torch.empty(T, H, dtype=dtype, device="meta"), torch.empty(T * K, H, dtype=dtype, device="meta")
         pair, weight = torch.empty(T * K, dtype=torch.int64, device="meta"), torch.empty(T * K, device="meta")
-        experts.take_rows(x, pair, K, weight if weighted else None)
-        experts.sum_rows(y, pair.view(T, K), weight.view(T, K) if weighted else None)
+        row_kernels.take_rows(x, pair, K, weight if weighted else None)
+        row_kernels.sum_rows(y, pair.view(T, K), weight.view(T, K) if weighted else None)
         if weighted:
-            experts.dot_rows(y, pair.view(T, K), x)
+            row_kernels.dot_rows(y, pair.view(T, K), x)
+
+    return run
+
+
+def moe_mlp(
+    T: int,
+    M: int,
+    I: int,
+    E: int,
+    K: int,
+    dtype: torch.dtype = torch.bfloat16,
+    activation: str = "swiglu",
+    transposed: bool = False,
+    sums: bool = False,
+) -> Callable[[], None]:
+    """A forward and backward pass of the experts' MLP; `transposed` weights have their rows and columns swapped in
+    memory, `sums` adds their gradients to float32 tensors."""
+
+    def run() -> None:
+        H = 2 * I if activation in experts.GATED else I
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def weights(rows: int, columns: int) -> torch.Tensor:
+            return empty(E, columns, rows, dtype=dtype).mT if transposed else empty(E, rows, columns, dtype=dtype)
+
+        x, gate_up, down = empty(T, M, dtype=dtype), weights(H, M), weights(M, I)
+        pairs = empty(T, K, dtype=torch.float32), empty(T * K), empty(T * K), empty(E + 1)[1:]
+        out, h = experts.forward(x, gate_up, down, *pairs, activation)
+        added = [empty(*w.shape, dtype=torch.float32) if sums else None for w in (gate_up, down)]
+        experts.backward(out, x, gate_up, down, *pairs, h, activation, [True] * 4, *added)
 
     return run
 
@@ -95,6 +139,12 @@ CASES = {
     "counting sort, 128 bins": counting_sort(262144, 128),
     "rows 2048, bf16": rows(32768, 8, 2048, torch.bfloat16, weighted=False),
     "rows 2048, bf16, weighted": rows(32768, 8, 2048, torch.bfloat16, weighted=True),
+    **{f"moe_mlp {T}×{M}, {E}/{K} of {I}": moe_mlp(T, M, I, E, K) for T, M, I, E, K in EXPERTS},
+    "moe_mlp, fp16, transposed, sums": moe_mlp(32768, 2048, 1024, 64, 8, torch.float16, "geglu", True, True),
+    "moe_mlp, gelu": moe_mlp(32768, 2048, 1024, 64, 8, activation="gelu"),
+    "moe_mlp, relu2": moe_mlp(32768, 2048, 1024, 64, 8, activation="relu2"),
+    "moe_mlp, odd sizes": moe_mlp(1000, 1000, 504, 8, 2),
+    "moe_mlp, fp32": moe_mlp(4096, 1024, 512, 8, 2, torch.float32),
 }  # fmt: skip
 
 
@@ -130,6 +180,8 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
             signature[parameter.name] = f"*{TYPES[value.dtype]}"
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -153,6 +205,7 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
         "spills": _number(r"(\d+) bytes spill stores", usage),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        **{name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
     }
 
 

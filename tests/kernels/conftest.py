@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from ava_kernels.experts import tiles
 
 
 @pytest.fixture
@@ -23,3 +27,30 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         request.getfixturevalue("triton_backend")
     monkeypatch.setenv("AVA_KERNELS_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(params=["torch", "portable", "hopper"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """How the experts' products are made: by PyTorch, by Triton with pointers, by Triton with tensor descriptors too;
+    in tiles so small that small tensors have many."""
+    if request.param == "torch":
+        monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+        yield request.param
+        return
+    request.getfixturevalue("triton_backend")
+    monkeypatch.setattr(tiles, "NEWEST", (8, 0) if request.param == "portable" else (9, 0))
+    set_tiles(monkeypatch, tmp_path, [16, 16, 16, 4, 2, 2, 1])
+    yield request.param
+    forget_tiles()
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tile: list[int]) -> None:
+    entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd")}
+    (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(tiles.KERNELS, entries)}))
+    monkeypatch.setenv("AVA_KERNELS_CACHE", str(folder))
+    forget_tiles()
+
+
+def forget_tiles() -> None:
+    tiles.forget()
+    tiles.capability.cache_clear()

@@ -1,142 +1,204 @@
-"""The experts' MLP and the grouped product against loops over tokens and experts in float64."""
+"""The experts' MLP against a loop over tokens and experts in float64, in PyTorch and on the interpreted kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ava_kernels import grouped_mm, moe_mlp, route
+from ava_kernels import moe_mlp, route
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
 SIZES = {  # T, E, K, M, I
     "odd": (13, 5, 3, 7, 3),
     "aligned": (24, 4, 2, 16, 8),
+    "several_tiles": (32, 3, 2, 24, 24),  # rows, columns and depth of several tiles, the last ones partly filled
     "more_experts_than_choices": (2, 9, 2, 6, 5),
-    "one_token": (1, 4, 2, 8, 4),
     "one_of_everything": (1, 1, 1, 1, 1),
     "every_expert": (6, 3, 3, 8, 4),
 }
+ACTIVATIONS = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "gelu": F.gelu,
+    "relu2": lambda h: F.relu(h).square(),
+}
+GATED = ("swiglu", "geglu")
 
 
-def routing_of(T, E, K, dtype=torch.float32, logits=None):
+def routing_of(T, E, K, logits=None, dtype=torch.float32, **options):
     """A routing whose weights are a leaf, so that their gradient can be read."""
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(T)) if logits is None else logits
-    routing = route(logits, K)
+    routing = route(logits, K, **options)
     return dataclasses.replace(routing, weight=routing.weight.to(dtype).requires_grad_())
 
 
-def inputs(T, E, M, I, dtype=torch.float64):  # noqa: E741 - the field's letter
+def inputs(T, E, M, I, dtype=torch.float64, activation="swiglu"):
     generator = torch.Generator().manual_seed(7)
-    shapes = ((T, M), 1.0), ((E, 2 * I, M), M**-0.5), ((E, M, I), I**-0.5)
+    H = 2 * I if activation in GATED else I
+    shapes = ((T, M), 1.0), ((E, H, M), M**-0.5), ((E, M, I), I**-0.5)
     return [(torch.randn(s, generator=generator).double() * std).to(dtype).requires_grad_() for s, std in shapes]
 
 
-def by_token(x, gate_up, down, routing, weight):
+def by_token(x, gate_up, down, routing, weight, activation="swiglu"):
     """One product per token and expert, each in the dtype of its operands."""
     rows = []
     for token, experts in enumerate(routing.expert.tolist()):
-        row = torch.zeros_like(x[token])
+        row = 0.0 * x[token]  # a token without an expert has a gradient too
         for choice, expert in enumerate(experts):
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
-            row = row + weight[token, choice] * (down[expert] @ (F.silu(gate) * up))
+            if expert < 0:
+                continue
+            h = gate_up[expert] @ x[token]
+            a = ACTIVATIONS[activation](*(h.chunk(2) if activation in GATED else [h]))
+            row = row + weight[token, choice] * (down[expert] @ a)
         rows.append(row)
     return torch.stack(rows)
 
 
 def all_results(function, tensors, upstream):
     out = function(*tensors)
-    return [out, *torch.autograd.grad(out, tensors, upstream)]
+    grads = torch.autograd.grad(out, tensors, upstream, allow_unused=True)  # the loop may reach an expert never
+    return [out, *(torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True))]
 
 
-def ours_and_exact(tensors, routing, upstream):
-    def ours(x, gate_up, down, weight):
-        return moe_mlp(x, gate_up, down, dataclasses.replace(routing, weight=weight))
+def ours(routing, activation="swiglu"):
+    return lambda x, gate_up, down, weight: moe_mlp(
+        x, gate_up, down, dataclasses.replace(routing, weight=weight), activation=activation
+    )
 
-    def loop(x, gate_up, down, weight):
-        return by_token(x, gate_up, down, routing, weight)
 
-    exact_tensors = [t.detach().double().requires_grad_() for t in tensors]
-    return all_results(ours, tensors, upstream), all_results(loop, exact_tensors, upstream.double()), loop
+def loop(routing, activation="swiglu"):
+    return lambda x, gate_up, down, weight: by_token(x, gate_up, down, routing, weight, activation)
+
+
+def assert_as_exact_as_the_loop(tensors, routing, activation="swiglu", upstream=None):
+    """Output and all four gradients: their errors against float64 are at most four times those of a loop in their own
+    precision."""
+    upstream = torch.randn(tensors[0].shape).to(tensors[0].dtype) if upstream is None else upstream
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    got = all_results(ours(routing, activation), leaves, upstream)
+    same = all_results(loop(routing, activation), [t.to(upstream.dtype) for t in leaves], upstream)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = all_results(loop(routing, activation), exact, upstream.double())
+    for name, mine, other, true in zip(("out", "x", "gate_up", "down", "weight"), got, same, truth, strict=True):
+        assert mine.shape == true.shape, name
+        error, allowed = (mine.double() - true).norm(), 4 * (other.double() - true).norm()
+        assert error <= allowed + 1e-6 * true.norm() * (mine.dtype != torch.float64), (name, error, allowed)
+    return got
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_output_and_all_four_gradients_are_the_loop(size):
-    T, E, K, M, I = SIZES[size]  # noqa: E741
-    routing = routing_of(T, E, K, torch.float64)
-    upstream = torch.randn(T, M, dtype=torch.float64)
-    ours, exact, _ = ours_and_exact([*inputs(T, E, M, I), routing.weight], routing, upstream)
-    for got, truth in zip(ours, exact, strict=True):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_and_all_four_gradients_are_the_loop(product, size, activation):
+    T, E, K, M, I = SIZES[size]
+    dtype = torch.float64 if product == "torch" else torch.float32
+    routing = routing_of(T, E, K, dtype=dtype)
+    tensors = [*inputs(T, E, M, I, dtype, activation), routing.weight]
+    if dtype == torch.float32:
+        assert_as_exact_as_the_loop(tensors, routing, activation)
+        return
+    upstream = torch.randn(T, M, dtype=dtype)
+    results = (all_results(f(routing, activation), tensors, upstream) for f in (ours, loop))
+    for got, truth in zip(*results, strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", ["odd", "aligned"])
-def test_error_is_that_of_the_loop_in_the_same_precision(size, dtype):
-    T, E, K, M, I = SIZES[size]  # noqa: E741
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("size", ["odd", "aligned", "several_tiles"])
+def test_error_is_that_of_the_loop_in_the_same_precision(product, size, half):
+    # Triton's interpreter does not multiply bfloat16.
+    dtype = torch.float32 if not half else torch.bfloat16 if product == "torch" else torch.float16
+    T, E, K, M, I = SIZES[size]
     routing = routing_of(T, E, K)
-    tensors = [*inputs(T, E, M, I, dtype), routing.weight]
-    upstream = torch.randn(T, M).to(dtype)
-    ours, exact, loop = ours_and_exact(tensors, routing, upstream)
-    peer = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    same = all_results(loop, peer, upstream)
-    assert [t.dtype for t in ours] == [dtype] * 4 + [torch.float32]
-    for got, other, truth in zip(ours, same, exact, strict=True):
-        assert (got - truth).norm() <= 4 * (other - truth).norm()
+    got = assert_as_exact_as_the_loop([*inputs(T, E, M, I, dtype), routing.weight], routing)
+    assert [t.dtype for t in got] == [dtype] * 4 + [torch.float32]
 
 
-@pytest.mark.parametrize("size", ["odd", "aligned"])
-def test_all_tokens_to_one_expert_leave_the_others_without_gradient(size):
-    T, E, _, M, I = SIZES[size]  # noqa: E741
-    routing = routing_of(T, E, 1, torch.float64, logits=torch.eye(E)[2].repeat(T, 1))
-    tensors = [*inputs(T, E, M, I), routing.weight]
-    ours, exact, _ = ours_and_exact(tensors, routing, torch.randn(T, M, dtype=torch.float64))
-    for got, truth in zip(ours, exact, strict=True):
-        torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
-    for gradient in ours[2:4]:
-        assert not gradient[[0, 1, *range(3, E)]].any()
-        assert gradient[2].any()
+ROUTINGS = {
+    "all to one": {"logits": torch.eye(4)[2].repeat(40, 1)},
+    "skewed": {"logits": torch.randn(40, 4, generator=torch.Generator().manual_seed(1)) + torch.tensor([9.0, 4, 0, 0])},
+    "dropped": {"capacity": 9, "overflow": "drop"},
+    "rerouted and dropped": {"capacity": 18, "max_reroutes": 1},
+    "nothing held": {"capacity": 0},
+    "tokens without any": {"logits": torch.randn(40, 4, generator=torch.Generator().manual_seed(2)).index_fill(
+        0, torch.tensor([0, 7, 39]), float("nan"))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_uneven_routings_and_dropped_requests(product, kind):
+    """Memory is filled with NaN before it is used, so that nothing may come from where no row is."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        routing = routing_of(40, 4, 1 if kind == "all to one" else 2, **ROUTINGS[kind])
+        got = assert_as_exact_as_the_loop([*inputs(40, 4, 24, 8, torch.float32), routing.weight], routing)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    held = routing.offsets.diff() > 0
+    for gradient in got[2:4]:  # exactly zero, not almost
+        assert gradient[~held].eq(0).all()
+    assert got[4][routing.expert < 0].eq(0).all()
+    assert got[0][(routing.expert < 0).all(1)].eq(0).all()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size_and_routing(product, data):
+    T, E, M, I = (data.draw(st.integers(1, top), label=name) for name, top in zip("TEMI", (24, 5, 20, 20), strict=True))
+    K = data.draw(st.integers(1, min(E, 3)), label="K")
+    activation = data.draw(st.sampled_from(list(ACTIVATIONS)), label="activation")
+    capacity = data.draw(st.none() | st.integers(0, T), label="capacity")
+    overflow = data.draw(st.sampled_from(["drop", "next_best"]), label="overflow")
+    logits = torch.randn(T, E) + data.draw(st.sampled_from([0.0, 5.0]), label="skew") * torch.randn(E)
+    routing = routing_of(T, E, K, logits, capacity=capacity, overflow=overflow)
+    tensors = [*inputs(T, E, M, I, torch.float32, activation), routing.weight]
+    assert_as_exact_as_the_loop(tensors, routing, activation)
+
+
+def test_a_program_goes_through_many_small_or_few_large_tiles(product, monkeypatch, tmp_path):
+    from tests.kernels.conftest import set_tiles
+
+    routing = routing_of(40, 3, 2)
+    tensors = [*inputs(40, 3, 40, 24, torch.float32), routing.weight]
+    upstream, results = torch.randn(40, 40), []
+    for tile in (
+        [16, 16, 16, 4, 2, 1, 1],
+        [32, 32, 16, 4, 2, 3, 2],
+        [64, 16, 64, 4, 2, 8, 1],
+        [16, 64, 32, 4, 2, 8, 9],
+    ):
+        set_tiles(monkeypatch, tmp_path, tile)
+        results.append(all_results(ours(routing), tensors, upstream))
+    for result in results[1:]:
+        for got, other in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, other)
 
 
 @pytest.mark.parametrize("M", [7, 8])
-def test_no_tokens(M):
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_no_tokens(product, M, activation):
     routing = routing_of(0, 3, 2)
-    x, gate_up, down = inputs(0, 3, M, 4, torch.float32)
-    out = moe_mlp(x, gate_up, down, routing)
+    x, gate_up, down = inputs(0, 3, M, 4, torch.float32, activation)
+    out = moe_mlp(x, gate_up, down, routing, activation=activation)
     assert out.shape == (0, M)
     out.sum().backward()
     assert x.grad.shape == (0, M)
     assert all(t.grad is not None and not t.grad.any() for t in (gate_up, down))
 
 
-def test_numerical_gradients():
-    routing = routing_of(3, 3, 2, torch.float64)
-    tensors = [*inputs(3, 3, 4, 2), routing.weight]
-    torch.autograd.gradcheck(
-        lambda x, gate_up, down, weight: moe_mlp(x, gate_up, down, dataclasses.replace(routing, weight=weight)), tensors
-    )
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numerical_gradients(monkeypatch, activation):
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    routing = routing_of(3, 3, 2, dtype=torch.float64, capacity=2, overflow="drop")
+    torch.autograd.gradcheck(ours(routing, activation), [*inputs(3, 3, 4, 2, activation=activation), routing.weight])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", ["odd", "aligned"])
-def test_strided_inputs_and_gradients(size, dtype):
-    T, E, K, M, I = SIZES[size]  # noqa: E741
-    routing = routing_of(T, E, K)
-    x, gate_up, down = (t.detach() for t in inputs(T, E, M, I, dtype))
-    weight = routing.weight.detach()
-    upstream = torch.randn(M).to(dtype).expand(T, M)  # what .sum() and broadcasting send back
-    strided = [x.T.contiguous().T, wide(gate_up), down.permute(2, 1, 0).contiguous().permute(2, 1, 0), wide(weight)]
-    assert not any(t.is_contiguous() for t in strided)
-
-    def ours(x, gate_up, down, weight):
-        return moe_mlp(x, gate_up, down, dataclasses.replace(routing, weight=weight))
-
-    got = all_results(ours, [t.requires_grad_() for t in strided], upstream)
-    plain = [t.contiguous().requires_grad_() for t in (x, gate_up, down, weight)]
-    for mine, other in zip(got, all_results(ours, plain, upstream.contiguous()), strict=True):
-        torch.testing.assert_close(mine, other)
+# --- Strides ---
 
 
 def wide(t):
@@ -144,25 +206,195 @@ def wide(t):
     return t.repeat_interleave(8, dim=-1)[..., ::8]
 
 
-def test_keeps_only_its_inputs_and_the_pre_activations():
-    T, E, K, M, I = SIZES["aligned"]  # noqa: E741
+def transposed(t):
+    """The same values, rows and columns swapped in memory."""
+    return t.mT.contiguous().mT
+
+
+WEIGHTS = {
+    "dense": (lambda t: t, lambda t: t),
+    "transposed": (transposed, transposed),
+    "one transposed": (lambda t: t, transposed),
+    "experts innermost": (
+        lambda t: t.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    ),
+    "wide": (wide, wide),
+    "part of a larger one": (lambda t: F.pad(t, (0, 16))[..., :-16], lambda t: F.pad(t, (0, 0, 0, 8))[:, :-8]),
+}
+
+
+@pytest.mark.parametrize(("size", "dtype"), [("odd", torch.float32), ("several_tiles", torch.float16)])
+@pytest.mark.parametrize("layout", WEIGHTS)
+def test_strided_weights_give_what_dense_ones_give(product, layout, size, dtype):
+    T, E, K, M, I = SIZES[size]
     routing = routing_of(T, E, K)
-    x, gate_up, down = inputs(T, E, M, I, torch.float32)
+    x, gate_up, down = (t.detach() for t in inputs(T, E, M, I, dtype))
+    weight, upstream = routing.weight.detach(), torch.randn(T, M).to(dtype)
+    laid = [layer(t) for layer, t in zip(WEIGHTS[layout], (gate_up, down), strict=True)]
+    got = all_results(ours(routing), [t.requires_grad_() for t in (x, *laid, weight)], upstream)
+    plain = [t.detach().clone().requires_grad_() for t in (x, gate_up, down, weight)]
+    for mine, other in zip(got, all_results(ours(routing), plain, upstream), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_strided_activations_and_gradients(product):
+    T, E, K, M, I = SIZES["aligned"]
+    dtype = torch.bfloat16 if product == "torch" else torch.float32
+    routing = routing_of(T, E, K)
+    x, gate_up, down = (t.detach() for t in inputs(T, E, M, I, dtype))
+    weight = routing.weight.detach()
+    # What .sum() sends back, and broadcasting, and a slice.
+    upstreams = [torch.ones(1, 1).expand(T, M), torch.randn(M).expand(T, M), torch.randn(T, 2 * M)[:, :M]]
+    for layer, upstream in zip((transposed, wide, lambda t: F.pad(t, (0, 8))[:, :-8]), upstreams, strict=True):
+        laid = [t.requires_grad_() for t in (layer(x), gate_up, down, wide(weight))]
+        got = all_results(ours(routing), laid, upstream.to(dtype))
+        plain = [t.detach().contiguous().requires_grad_() for t in (x, gate_up, down, weight)]
+        for mine, other in zip(got, all_results(ours(routing), plain, upstream.to(dtype).contiguous()), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_offsets_may_pass_31_bits(product):
+    try:  # memory that is never touched costs nothing
+        storage = torch.empty(2**32 + 2**20, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("no 8 GiB of address space")
+    T, E, K, M, I = 3, 3, 2, 16, 8
+    routing = routing_of(T, E, K)
+    tensors = [t.detach() for t in inputs(T, E, M, I, torch.float16)]
+    upstream, weight = torch.randn(T, M).half(), routing.weight.detach()
+    # The last row, or the last expert, is 2³² elements behind the first; with 32 bits it would be where that is.
+    far = []
+    for place, (t, rows) in enumerate(zip(tensors, (M, M, I), strict=True)):
+        strides = (2**31, 1) if t.dim() == 2 else (2**31, rows, 1)
+        far.append(storage.as_strided(t.shape, strides, 4096 * place).copy_(t).requires_grad_())
+    got = all_results(ours(routing), [*far, weight.clone().requires_grad_()], upstream)
+    near = [t.clone().requires_grad_() for t in (*tensors, weight)]
+    for mine, other in zip(got, all_results(ours(routing), near, upstream), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_nan_stays_with_the_tokens_of_its_expert(product):
+    """Also where a tile reaches over the end of an expert's rows into the next one's."""
+    routing = routing_of(40, 3, 1)
+    x, gate_up, down = (t.detach() for t in inputs(40, 3, 24, 8, torch.float32))
+    upstream, weight = torch.randn(40, 24), routing.weight.detach()
+    tensors = [x, gate_up, down, weight]
+    clean = all_results(ours(routing), [t.clone().requires_grad_() for t in tensors], upstream)
+    bad = routing.expert[:, 0] == 1
+    tensors[0] = torch.where(bad[:, None], float("nan"), x)
+    tensors[1] = gate_up.index_fill(0, torch.tensor([1]), float("inf"))
+    got = all_results(ours(routing), [t.requires_grad_() for t in tensors], upstream)
+    healthy = torch.tensor([0, 2])
+    for mine, other, rows in zip(got, clean, (~bad, ~bad, healthy, healthy, ~bad), strict=True):
+        assert torch.equal(mine[rows], other[rows])
+    assert got[0][bad].isnan().all()
+
+
+# --- What is kept, what is needed, and where gradients go ---
+
+
+@pytest.mark.parametrize(("activation", "H"), [("swiglu", 16), ("relu2", 8)])
+def test_keeps_only_its_inputs_and_the_pre_activations(product, activation, H):
+    T, E, K, M, I = SIZES["aligned"]
+    routing = routing_of(T, E, K)
+    x, gate_up, down = inputs(T, E, M, I, torch.float16, activation)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        moe_mlp(x, gate_up, down, routing)
-    known = {t.data_ptr() for t in (x, gate_up, down, routing.weight)}
-    new = [t for t in saved if t.data_ptr() not in known]
-    assert [t.shape for t in new if t.numel() > T * K] == [(T * K, 2 * I)]  # the others are one number per choice
+        moe_mlp(x, gate_up, down, routing, activation=activation)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    given_already = [gate_up, down, routing.weight, routing.token, routing.slot, routing.offsets]
+    kept = sum(held.values()) - sum(held[t.untyped_storage().data_ptr()] for t in given_already)
+    assert kept == 2 * T * M + 2 * T * K * H  # bytes
 
 
-def test_same_input_same_bits():
-    T, E, K, M, I = SIZES["aligned"]  # noqa: E741
+def test_any_subset_of_gradients(product):
+    T, E, K, M, I = 9, 3, 2, 8, 4
     routing = routing_of(T, E, K)
-    tensors = inputs(T, E, M, I, torch.float32)
+    tensors = [t.detach() for t in (*inputs(T, E, M, I, torch.float32), routing.weight)]
     upstream = torch.randn(T, M)
-    first, second = (all_results(lambda *t: moe_mlp(*t, routing), tensors, upstream) for _ in range(2))
+    every = [t.clone().requires_grad_() for t in tensors]
+    ours(routing)(*every).backward(upstream)
+    for needs in itertools.product([True, False], repeat=4):
+        if not any(needs):
+            continue
+        some = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+        ours(routing)(*some).backward(upstream)
+        for t, other, need in zip(some, every, needs, strict=True):
+            assert torch.equal(t.grad, other.grad) if need else t.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layer", [lambda t: t, transposed], ids=["dense", "transposed"])
+def test_gradients_of_micro_batches_add_up_in_float32(product, layer, dtype):
+    T, E, K, M, I = 12, 3, 2, 24, 8
+    routing = routing_of(T, E, K, capacity=6, overflow="drop")
+    x, gate_up, down = inputs(T, E, M, I, dtype)
+    gate_up, down = (layer(t.detach()).requires_grad_() for t in (gate_up, down))
+    sums = [layer(torch.full(t.shape, 0.5)) for t in (gate_up, down)]
+    exact = [torch.full(t.shape, 0.5, dtype=torch.float64) for t in (gate_up, down)]
+    for seed in range(2):
+        upstream = torch.randn(T, M, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        out = moe_mlp(x, gate_up, down, routing, gradient_sums=tuple(sums))
+        dx, dweight, *rest = torch.autograd.grad(
+            out, [x, routing.weight, gate_up, down], upstream, allow_unused=True, retain_graph=True
+        )
+        assert rest == [None, None]
+        plain = torch.autograd.grad(moe_mlp(x, gate_up, down, routing), [x, routing.weight, gate_up, down], upstream)
+        assert torch.equal(dx, plain[0])
+        assert torch.equal(dweight, plain[1])
+        for total, gradient in zip(exact, plain[2:], strict=True):
+            total += gradient
+    for total, true in zip(sums, exact, strict=True):
+        # Each addend above was rounded to dtype, the sums' were not.
+        assert (total - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
+        if dtype == torch.float16:
+            assert not torch.equal(total, total.half().float())
+
+
+# --- Registration ---
+
+
+def test_same_input_same_bits(product):
+    T, E, K, M, I = SIZES["several_tiles"]
+    routing = routing_of(T, E, K)
+    tensors = [*inputs(T, E, M, I, torch.float32), routing.weight]
+    upstream = torch.randn(T, M)
+    first, second = (all_results(ours(routing), tensors, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_operators_are_registered_in_full(product, activation):
+    T, E, K, M, I = 6, 3, 2, 8, 4
+    routing = routing_of(T, E, K)
+    x, gate_up, down = inputs(T, E, M, I, torch.float32, activation)
+    pairs = routing.weight, routing.token, routing.slot, routing.offsets[1:]
+    ops = torch.ops.ava_kernels
+    torch.library.opcheck(ops.moe_mlp, (x, gate_up, down, *pairs, activation, None, None))
+    no_grad = [t.detach() for t in (x, gate_up, transposed(down), *pairs)]
+    torch.library.opcheck(ops.moe_mlp, (*no_grad, activation, None, None))
+    _, h = ops.moe_mlp(*no_grad, activation, None, None)
+    sums = [torch.zeros_like(t) for t in no_grad[1:3]]
+    for needs, added in (([True] * 4, (None, None)), ([False, True, True, False], (None, None)), ([True] * 4, sums)):
+        torch.library.opcheck(ops.moe_mlp_backward, (torch.randn(T, M), *no_grad, h, activation, needs, *added))
+
+
+def test_compiles_as_a_whole_graph(product):
+    T, E, K, M, I = SIZES["aligned"]
+    logits = torch.randn(T, E)
+
+    def block(x, gate_up, down):
+        return moe_mlp(x * 2, gate_up, down, route(logits, K)).square().sum()
+
+    eager, compiled = ([t.detach().requires_grad_() for t in inputs(T, E, M, I, torch.float32)] for _ in range(2))
+    block(*eager).backward()
+    torch.compile(block, fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for mine, other in zip(compiled, eager, strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
+# --- Refusals ---
 
 
 @pytest.mark.parametrize(
@@ -172,58 +404,25 @@ def test_same_input_same_bits():
         ((4, 8), (3, 5, 8), (3, 8, 2)),
         ((4, 8), (3, 6, 8), (3, 8, 4)),
         ((4, 8), (2, 6, 8), (2, 8, 3)),
+        ((5, 8), (3, 6, 8), (3, 8, 3)),
+        ((4, 8), (6, 8), (8, 3)),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(x, gate_up, down):
-    with pytest.raises(ValueError, match=r"do not fit: they must be \(T, M\), \(E, 2I, M\), \(E, M, I\) and E"):
+    with pytest.raises(
+        ValueError, match=r"a routing of 4 tokens over 3 experts do not fit: they must be \(T, M\), \(E, 2I"
+    ):
         moe_mlp(torch.zeros(x), torch.zeros(gate_up), torch.zeros(down), routing_of(4, 3, 2))
 
 
-ENDS = [0, 3, 3, 8, 8]
-
-
-def grouped_loop(x, w):
-    spans = list(zip([0, *ENDS[:-1]], ENDS, strict=True))
-    if w.dim() == 2:
-        return torch.stack([x[:, start:end] @ w[start:end] for start, end in spans])
-    return torch.cat([x[start:end] @ w[e] for e, (start, end) in enumerate(spans)])
-
-
-LAYOUTS = {
-    "aligned": (lambda: torch.randn(8, 16), lambda: torch.randn(5, 16, 8)),
-    "unaligned": (lambda: torch.randn(8, 7), lambda: torch.randn(5, 7, 3)),
-    "unaligned_result": (lambda: torch.randn(8, 16), lambda: torch.randn(5, 3, 16).mT),
-    "transposed": (lambda: torch.randn(16, 8).T, lambda: torch.randn(5, 8, 16).mT),
-    "strided": (lambda: wide(torch.randn(8, 16)), lambda: wide(torch.randn(5, 16, 8))),
-    "one_column": (lambda: torch.randn(8, 1), lambda: torch.randn(5, 1, 16)),
-    "one_row_broadcast": (lambda: torch.randn(1, 16).expand(8, 16), lambda: torch.randn(1, 16, 8).expand(5, 16, 8)),
-    "contracted": (lambda: torch.randn(8, 16).T, lambda: torch.randn(8, 24)),
-    "contracted_unaligned": (lambda: torch.randn(8, 5).T, lambda: torch.randn(8, 3)),
-    "contracted_strided": (lambda: wide(torch.randn(16, 8)), lambda: wide(torch.randn(8, 24))),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_grouped_product_is_the_loop(layout, dtype):
-    x, w = (make() for make in LAYOUTS[layout])
-    x, w = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
-    upstream = torch.randn_like(grouped_loop(x, w))
-    offs = torch.tensor(ENDS, dtype=torch.int32)
-    ours = all_results(lambda x, w: grouped_mm(x, w, offs=offs), [x, w], upstream)
-    same = all_results(grouped_loop, [x, w], upstream)
-    exact = all_results(grouped_loop, [t.detach().double().requires_grad_() for t in (x, w)], upstream.double())
-    for got, peer, truth in zip(ours, same, exact, strict=True):
-        assert got.dtype == dtype
-        assert got.shape == truth.shape
-        assert (got - truth).norm() <= 4 * (peer - truth).norm() + 1e-14
-
-
-@pytest.mark.parametrize(("dtype", "columns", "expected"), [("float32", 8, 1), ("float64", 8, 0), ("bfloat16", 4, 0)])
-def test_aligned_operands_reach_the_fast_product(monkeypatch, dtype, columns, expected):
-    calls = []
-    fast = F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or fast(*args, **kwargs))
-    x, w = (torch.randn(s, dtype=getattr(torch, dtype)) for s in ((8, columns), (5, columns, 8)))
-    grouped_mm(x, w, offs=torch.tensor(ENDS, dtype=torch.int32))
-    assert len(calls) == expected
+def test_other_arguments_are_refused_by_name():
+    routing = routing_of(4, 3, 2)
+    x, gate_up, down = (t.detach() for t in inputs(4, 3, 8, 4, torch.float32))
+    with pytest.raises(ValueError, match="activation is 'tanh'; it must be one of swiglu, geglu, gelu, relu2"):
+        moe_mlp(x, gate_up, down, routing, activation="tanh")
+    with pytest.raises(ValueError, match=r"\(E, I, M\), \(E, M, I\), T and E for the activation relu2"):
+        moe_mlp(x, gate_up, down, routing, activation="relu2")
+    with pytest.raises(ValueError, match=r"gate_up torch.float16, down torch.float32; all three must be the same"):
+        moe_mlp(x, gate_up.half(), down, routing)
+    with pytest.raises(ValueError, match=r"gradient_sums: that of down is torch.float32 \(3, 8, 5\)"):
+        moe_mlp(x, gate_up, down, routing, gradient_sums=(torch.zeros_like(gate_up), torch.zeros(3, 8, 5)))

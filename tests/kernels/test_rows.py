@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("small_and_seeded")
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Few rows and columns need many blocks."""
-    kernels = pytest.importorskip("ava_kernels.experts.kernels")
+    kernels = pytest.importorskip("ava_kernels.experts.row_kernels")
     for name, size in {"COLUMNS": 4, "ELEMENTS": 8}.items():
         monkeypatch.setattr(kernels, name, size)
 

@@ -1,51 +1,258 @@
-"""The experts' public operations."""
+"""The experts' public operations: `moe_mlp` and `grouped_mm`.
+
+Each is a custom op, opaque to torch.compile, and so is its gradient. On CUDA tensors they launch the kernels of
+`kernels.py`, elsewhere they run `reference.py`, which is also the definition.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ava_kernels.backend import runs_on_triton
 from ava_kernels.experts import reference
 from ava_kernels.routing.op import Routing
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def moe_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    routing: Routing,
+    *,
+    activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu",
+    gradient_sums: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Σ_k weight · down_e · a(gate_up_e · x) over each token's experts, without the pairs that `routing` dropped.
+
+    x (T, M), gate_up (E, 2I, M) with the gate's rows first, down (E, M, I), all of one float dtype and of any strides
+    (a transposed view costs no copy) → (T, M) in that dtype. a is silu(gate) · up for "swiglu" (Shazeer, 2020),
+    gelu(gate) · up for "geglu"; for "gelu" (exact, by erf) and "relu2" (relu squared; So et al., 2021) there is no
+    gate, and gate_up is (E, I, M). Products are summed in float32 (float64 for float64), and so are a token's experts.
+
+    Kept for backward: x and the pre-activations (T·K, 2I), besides the weights and the routing; the activation is
+    recomputed, the experts' outputs are not needed. Differentiable once in x, gate_up, down and routing.weight.
+
+    `gradient_sums`, float32 tensors of gate_up's and down's shapes: backward adds those gradients to them instead of
+    returning them, so that micro-batches sum up in float32 whatever the weights' dtype. Not under torch.compile.
+
+    Never waits for a GPU, and the same input gives the same bits. Raises ValueError, naming the argument.
+    """
+    _check(x, gate_up, down, routing, activation, gradient_sums)
+    return torch.ops.ava_kernels.moe_mlp(
+        x,
+        gate_up,
+        down,
+        routing.weight,
+        routing.token,
+        routing.slot,
+        routing.offsets[1:],
+        activation,
+        *(gradient_sums or (None, None)),
+    )[0]
+
 
 def grouped_mm(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
-    """Rows offs[e-1] … offs[e]-1 of x times w[e]: `torch.nn.functional.grouped_mm`.
+    """Rows offs[e-1] … offs[e]-1 of x times w[e]: `torch.nn.functional.grouped_mm`, in every float dtype and stride.
 
-    x (N, M), w (E, M, P), offs (E,) int32 cumulative ends → (N, P); or x (M, N), w (N, P) → (E, M, P).
+    x (N, M), w (E, M, P), offs (E,) int32 cumulative ends → (N, P), 0 in rows from offs[-1] on; or x (M, N), w (N, P)
+    → (E, M, P), each expert's columns of x times its rows of w. Differentiable, any number of times. On a GPU it never
+    waits for the device. Raises ValueError, naming the argument.
     """
-    return reference.grouped_mm(x, w, offs)
-
-
-def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """Σ_k weight · down_e · (silu(gate_e · x) · up_e · x) over each token's experts.
-
-    x (T, M), gate_up (E, 2I, M) with the gate's rows first, down (E, M, I), all of one float dtype → (T, M). Keeps
-    2 tensors for backward: x and the experts' pre-activations (T·K, 2I). Differentiable in x, gate_up, down and
-    routing.weight. Raises ValueError where the shapes do not fit.
-    """
-    E, two_I, M = gate_up.shape
-    if x.shape[-1] != M or down.shape != (E, M, two_I // 2) or two_I % 2 or routing.offsets.shape[0] != E + 1:
+    if x.dtype != w.dtype or x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype} and w is {w.dtype}; both must be the same float dtype")
+    if x.dim() != 2 or w.dim() not in (2, 3) or x.shape[1] != w.shape[-2]:
         raise ValueError(
-            f"x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)} and a routing over "
-            f"{routing.offsets.shape[0] - 1} experts do not fit: they must be (T, M), (E, 2I, M), (E, M, I) and E"
+            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: they must be (N, M) and (E, M, P), "
+            "or (M, N) and (N, P)"
         )
-    weight_N = routing.weight[routing.token, routing.slot]
-    return _MoeMlp.apply(x, gate_up, down, weight_N, routing.token, routing.offsets[1:])
+    if offs.dtype != torch.int32 or offs.dim() != 1 or (w.dim() == 3 and len(offs) != len(w)):
+        experts = f" ({len(w)},)" if w.dim() == 3 else " (E,)"
+        raise ValueError(f"offs is {offs.dtype} of shape {tuple(offs.shape)}; it must be int32{experts}")
+    return torch.ops.ava_kernels.grouped_mm(x, w, offs)
 
 
-class _MoeMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, token: Tensor, ends: Tensor
-    ) -> Tensor:
-        out, h = reference.forward(x, gate_up, down, weight, token, ends)
-        ctx.save_for_backward(x, gate_up, down, weight, token, ends, h)
-        return out
+def _check(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    routing: Routing,
+    activation: str,
+    gradient_sums: tuple[Tensor, Tensor] | None,
+) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(reference.ACTIVATIONS)}")
+    gated = activation in reference.GATED
+    experts, rows = len(routing.offsets) - 1, "2I" if gated else "I"
+    fits = x.dim() == 2 and gate_up.dim() == down.dim() == 3
+    if fits:
+        M, I = down.shape[1:]
+        fits = x.shape[1] == M and len(down) == experts and gate_up.shape == (experts, 2 * I if gated else I, M)
+    if not fits or len(x) != len(routing.expert):
+        raise ValueError(
+            f"x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)} and a routing of "
+            f"{len(routing.expert)} tokens over {experts} experts do not fit: they must be (T, M), (E, {rows}, M), "
+            f"(E, M, I), T and E for the activation {activation}"
+        )
+    if not x.dtype == gate_up.dtype == down.dtype or x.dtype not in FLOATS:
+        raise ValueError(
+            f"x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; all three must be the same float dtype"
+        )
+    for name, total, weight in zip(("gate_up", "down"), gradient_sums or (), (gate_up, down), strict=False):
+        if total.shape != weight.shape or total.dtype != torch.float32 or total.device != weight.device:
+            raise ValueError(
+                f"gradient_sums: that of {name} is {total.dtype} {tuple(total.shape)} on {total.device}; it must be "
+                f"float32 {tuple(weight.shape)} on {weight.device}"
+            )
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *reference.backward(dout, *ctx.saved_tensors), None, None
+
+def _implementation(tensor: Tensor) -> ModuleType:
+    if runs_on_triton(tensor):
+        from ava_kernels.experts import kernels  # triton is not installed everywhere
+
+        return kernels
+    return reference
+
+
+@torch.library.custom_op("ava_kernels::moe_mlp", mutates_args=())
+def _moe_mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    slot: Tensor,
+    ends: Tensor,
+    activation: str,
+    gate_up_sum: Tensor | None,
+    down_sum: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if not weight.numel() or not gate_up.numel():
+        return torch.zeros_like(x, memory_format=torch.contiguous_format), x.new_empty(len(token), gate_up.shape[1])
+    with torch.cuda.device_of(x):
+        return _implementation(x).forward(x, gate_up, down, weight, token, slot, ends, activation)
+
+
+@_moe_mlp.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, token: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(token.shape[0], gate_up.shape[1])
+
+
+@torch.library.custom_op("ava_kernels::moe_mlp_backward", mutates_args=("gate_up_sum", "down_sum"))
+def _moe_mlp_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    slot: Tensor,
+    ends: Tensor,
+    h: Tensor,
+    activation: str,
+    needs: list[bool],
+    gate_up_sum: Tensor | None,
+    down_sum: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A gradient that is not needed, or was added to a sum, is returned with no element."""
+    tensors, sums = (x, gate_up, down, weight), (None, gate_up_sum, down_sum, None)
+    if not weight.numel() or not gate_up.numel():
+        gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
+    else:
+        with torch.cuda.device_of(x):
+            gradients = _implementation(x).backward(
+                dout, x, gate_up, down, weight, token, slot, ends, h, activation, needs, gate_up_sum, down_sum
+            )
+    dx, dgate_up, ddown, dweight = (
+        t.new_empty(0) if gradient is None or total is not None else gradient
+        for t, gradient, total in zip(tensors, gradients, sums, strict=True)
+    )
+    return dx, dgate_up, ddown, dweight
+
+
+@_moe_mlp_backward.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    slot: Tensor,
+    ends: Tensor,
+    h: Tensor,
+    activation: str,
+    needs: list[bool],
+    gate_up_sum: Tensor | None,
+    down_sum: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_x, needs_gate_up, needs_down, needs_weight = needs
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        torch.empty_like(gate_up) if needs_gate_up and gate_up_sum is None else gate_up.new_empty(0),
+        torch.empty_like(down) if needs_down and down_sum is None else down.new_empty(0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, gate_up_sum, down_sum = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.activation = activation
+    ctx.sums = gate_up_sum, down_sum  # not saved: it is their purpose to change before backward
+
+
+def _backward(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 10
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.ava_kernels.moe_mlp_backward(dout, *ctx.saved_tensors, ctx.activation, needs, *ctx.sums)
+    sums = None, *ctx.sums, None
+    returned = (
+        gradient if need and total is None else None
+        for gradient, need, total in zip(gradients, needs, sums, strict=True)
+    )
+    return *returned, *[None] * 6
+
+
+_moe_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("ava_kernels::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    if not x.numel() or not w.numel():
+        return x.new_zeros(_grouped_shape(x, w, offs))
+    with torch.cuda.device_of(x):
+        return _implementation(x).grouped_mm(x, w, offs)
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(_grouped_shape(x, w, offs))
+
+
+def _grouped_shape(x: Tensor, w: Tensor, offs: Tensor) -> tuple[int, ...]:
+    return (x.shape[0], w.shape[2]) if w.dim() == 3 else (offs.shape[0], x.shape[0], w.shape[1])
+
+
+def _save_operands(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, w, offs = ctx.saved_tensors
+    needs_x, needs_w, _ = ctx.needs_input_grad
+    mm = torch.ops.ava_kernels.grouped_mm
+    if w.dim() == 3:
+        return mm(dout, w.mT, offs) if needs_x else None, mm(x.mT, dout, offs) if needs_w else None, None
+    return mm(w, dout.mT, offs).mT if needs_x else None, mm(x.mT, dout, offs) if needs_w else None, None
+
+
+_grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_operands)

@@ -1,7 +1,7 @@
 """The experts' MLP and its gradients in plain PyTorch, expert by expert, so that what one needs stays in the cache.
 
 Forward, for row n that token t sends to its choice k at expert e:
-    h = W1_e x_t        a = silu(h_gate) · h_up        y_n = W2_e a        out_t = Σ_k weight_tk · y_n
+    h = W1_e x_t        a = act(h_gate) · h_up, or act(h)        y_n = W2_e a        out_t = Σ_k weight_tk · y_n
 Kept for backward are x and h alone: a is recomputed, and y is never needed, as
     d weight_tk = ⟨W2_eᵀ dout_t, a⟩.
 (The scheme is that of Guo et al., 2025, "SonicMoE".)
@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = (*GATED, "gelu", "relu2")
 
 
 def _has_aligned_rows(t: Tensor) -> bool:
@@ -29,64 +32,140 @@ def grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     rows that are no multiple of 16 bytes long. That slow path reads `offs` on the host."""
     aligned = _has_aligned_rows(x) and _has_aligned_rows(w) and w.shape[-1] * w.element_size() % 16 == 0
     if aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return F.grouped_mm(x, w, offs=offs)
-    ends = offs.tolist()
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
-    if w.dim() == 2:
-        return torch.stack([x[:, start:end] @ w[start:end] for start, end in spans])
-    return torch.cat([x[start:end] @ w[e] for e, (start, end) in enumerate(spans)])
+        out = F.grouped_mm(x, w, offs=offs)
+    elif w.dim() == 3:
+        out = x.new_empty(len(x), w.shape[2])
+        for expert, rows in _rows_by_expert(offs):
+            torch.mm(x[rows], w[expert], out=out[rows])
+    else:
+        out = x.new_zeros(len(offs), x.shape[0], w.shape[1])
+        for expert, rows in _rows_by_expert(offs):
+            torch.mm(x[:, rows], w[rows], out=out[expert])
+    if w.dim() == 3 and not (out.is_cpu and offs[-1] == len(out)):  # looking is free on a CPU alone
+        out.masked_fill_((torch.arange(len(out), device=out.device) >= offs[-1])[:, None], 0.0)
+    return out
 
 
 def forward(
-    x_TM: Tensor, gate_up_E2IM: Tensor, down_EMI: Tensor, weight_N: Tensor, token_N: Tensor, ends_E: Tensor
+    x_TM: Tensor,
+    gate_up_EHM: Tensor,
+    down_EMI: Tensor,
+    weight_TK: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    ends_E: Tensor,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """→ out (T, M) and h (N, 2I), which backward needs. Everything else is no larger than one expert's rows."""
+    """→ out (T, M) and h (N, H), which backward needs. Everything else is no larger than one expert's rows.
+
+    H is 2I for gated activations, otherwise I.
+    """
     out_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
-    h_N2I = x_TM.new_empty(len(token_N), gate_up_E2IM.shape[1])
+    h_NH = x_TM.new_empty(len(token_N), gate_up_EHM.shape[1])
+    weight_N = weight_TK[token_N, slot_N]
     for expert, rows in _rows_by_expert(ends_E):
         token_R = token_N[rows]
-        h_R2I = torch.mm(x_TM.index_select(0, token_R), gate_up_E2IM[expert].mT, out=h_N2I[rows])
-        gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
-        y_RM = torch.mm(F.silu(gate_RI).mul_(up_RI), down_EMI[expert].mT).to(out_TM.dtype)
+        h_RH = torch.mm(x_TM.index_select(0, token_R), gate_up_EHM[expert].mT, out=h_NH[rows])
+        y_RM = torch.mm(_activate(h_RH, activation), down_EMI[expert].mT).to(out_TM.dtype)
         # A token is at an expert once, so the order of the sum is the order of the experts.
         out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
-    return out_TM.to(x_TM.dtype), h_N2I
+    return out_TM.to(x_TM.dtype), h_NH
 
 
 def backward(
     dout_TM: Tensor,
     x_TM: Tensor,
-    gate_up_E2IM: Tensor,
+    gate_up_EHM: Tensor,
     down_EMI: Tensor,
-    weight_N: Tensor,
+    weight_TK: Tensor,
     token_N: Tensor,
+    slot_N: Tensor,
     ends_E: Tensor,
-    h_N2I: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ gradients of x, gate_up, down and weight_N."""
-    dx_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
-    dgate_up_E2IM, ddown_EMI = torch.empty_like(gate_up_E2IM), torch.empty_like(down_EMI)
+    h_NH: Tensor,
+    activation: str,
+    needs: list[bool],
+    gate_up_sum_EHM: Tensor | None,
+    down_sum_EMI: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """→ gradients of x, gate_up, down and weight (T, K), None for those that are not needed.
+
+    With sums given, the gradients of the weights are added to them.
+    """
+    needs_x, needs_gate_up, needs_down, needs_weight = needs
+    dx_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM)) if needs_x else None
+    dgate_up_EHM = _gradient(gate_up_EHM, gate_up_sum_EHM, ends_E) if needs_gate_up else None
+    ddown_EMI = _gradient(down_EMI, down_sum_EMI, ends_E) if needs_down else None
+    weight_N = weight_TK[token_N, slot_N]
     dweight_N = torch.zeros_like(weight_N)  # zero for dropped pairs, which come last
-    idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-    dgate_up_E2IM[idle_E] = 0.0
-    ddown_EMI[idle_E] = 0.0
     for expert, rows in _rows_by_expert(ends_E):
         token_R, weight_R1 = token_N[rows], weight_N[rows, None].to(x_TM.dtype)
         dout_RM = dout_TM.index_select(0, token_R)
-        gate_RI, up_RI = h_N2I[rows].chunk(2, dim=-1)
-        silu_RI = F.silu(gate_RI)
-        a_RI = silu_RI * up_RI
+        h_RH = h_NH[rows]
         da_RI = torch.mm(dout_RM, down_EMI[expert])  # before the token's weight
-        dweight_N[rows] = torch.linalg.vecdot(da_RI, a_RI).to(dweight_N.dtype)
-        torch.mm(dout_RM.mT, a_RI.mul_(weight_R1), out=ddown_EMI[expert])
-        da_RI.mul_(weight_R1)
-        dh_R2I = torch.empty_like(h_N2I[rows])
-        dgate_RI, dup_RI = dh_R2I.chunk(2, dim=-1)
+        if needs_down or needs_weight:
+            a_RI = _activate(h_RH, activation)
+            dweight_N[rows] = torch.linalg.vecdot(da_RI, a_RI).to(dweight_N.dtype)
+            if ddown_EMI is not None:
+                _product(dout_RM.mT, a_RI.mul_(weight_R1), ddown_EMI[expert], down_sum_EMI is not None)
+        if not (needs_x or needs_gate_up):
+            continue
+        dh_RH = _activate_backward(da_RI.mul_(weight_R1), h_RH, activation)
+        if dgate_up_EHM is not None:
+            x_RM = x_TM.index_select(0, token_R)
+            _product(dh_RH.mT, x_RM, dgate_up_EHM[expert], gate_up_sum_EHM is not None)
+        if dx_TM is not None:
+            dx_TM.index_add_(0, token_R, torch.mm(dh_RH, gate_up_EHM[expert]).to(dx_TM.dtype))
+    dweight_TK = torch.zeros_like(weight_TK)
+    dweight_TK[token_N, slot_N] = dweight_N
+    return (
+        None if dx_TM is None else dx_TM.to(x_TM.dtype),
+        dgate_up_EHM,
+        ddown_EMI,
+        dweight_TK if needs_weight else None,
+    )
+
+
+def _activate(h_RH: Tensor, activation: str) -> Tensor:
+    """→ a (R, I), a tensor of its own."""
+    if activation == "gelu":
+        return F.gelu(h_RH)
+    if activation == "relu2":
+        return F.relu(h_RH).square_()
+    gate_RI, up_RI = h_RH.chunk(2, dim=-1)
+    return (F.silu(gate_RI) if activation == "swiglu" else F.gelu(gate_RI)).mul_(up_RI)
+
+
+def _activate_backward(da_RI: Tensor, h_RH: Tensor, activation: str) -> Tensor:
+    """→ dh (R, H)."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(da_RI, h_RH)
+    if activation == "relu2":
+        return F.relu(h_RH).mul_(da_RI).mul_(2.0)
+    dh_RH = torch.empty_like(h_RH)
+    (gate_RI, up_RI), (dgate_RI, dup_RI) = h_RH.chunk(2, dim=-1), dh_RH.chunk(2, dim=-1)
+    if activation == "swiglu":
         torch.ops.aten.silu_backward.grad_input(da_RI * up_RI, gate_RI, grad_input=dgate_RI)
-        torch.mul(da_RI, silu_RI, out=dup_RI)
-        torch.mm(dh_R2I.mT, x_TM.index_select(0, token_R), out=dgate_up_E2IM[expert])
-        dx_TM.index_add_(0, token_R, torch.mm(dh_R2I, gate_up_E2IM[expert]).to(dx_TM.dtype))
-    return dx_TM.to(x_TM.dtype), dgate_up_E2IM, ddown_EMI, dweight_N
+        torch.mul(da_RI, F.silu(gate_RI), out=dup_RI)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(da_RI * up_RI, gate_RI, grad_input=dgate_RI)
+        torch.mul(da_RI, F.gelu(gate_RI), out=dup_RI)
+    return dh_RH
+
+
+def _gradient(weight: Tensor, total: Tensor | None, ends_E: Tensor) -> Tensor:
+    """Where a weight's gradient goes: every expert that has rows is still to be written."""
+    if total is not None:
+        return total
+    gradient = torch.empty_like(weight)
+    gradient[ends_E.diff(prepend=ends_E.new_zeros(1)) == 0] = 0.0
+    return gradient
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        out += left @ right
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _rows_by_expert(ends_E: Tensor) -> Iterator[tuple[int, slice]]:

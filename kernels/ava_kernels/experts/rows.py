@@ -9,9 +9,9 @@ read for them. The gradients of the first two are made of these three too, but n
 knows the index in both directions. The caller also sees to it that the shapes fit.
 
 Products and sums are in float32 (float64 for float64), rounded once at the end, and sums have a fixed order, so the
-same input gives the same bits. On CUDA tensors these run the kernels of `kernels.py`. Traffic, for rows of b bytes and
-besides the indices: take_rows reads between T·b and N·b, as more or fewer of a token's K reads find it in the cache,
-and writes R·b; sum_rows reads N·b and writes T·b; dot_rows reads N·b + T·b.
+same input gives the same bits. On CUDA tensors these run the kernels of `row_kernels.py`.
+Traffic, for rows of b bytes and besides the indices: take_rows reads between T·b and N·b, as more or fewer of a token's
+K reads find it in the cache, and writes R·b; sum_rows reads N·b and writes T·b; dot_rows reads N·b + T·b.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def take_rows(x: Tensor, pair: Tensor, top_k: int, weight: Tensor | None = None)
     T, H = x.shape
     N = T * top_k
     if runs_on_triton(x):
-        from ava_kernels.experts import kernels
+        from ava_kernels.experts import row_kernels
 
         with torch.cuda.device_of(x):
-            return kernels.take_rows(x, pair, top_k, weight)
+            return row_kernels.take_rows(x, pair, top_k, weight)
     if not N:
         return x.new_zeros(len(pair), H)
     pair_R = pair.clamp(0, N - 1)
@@ -56,10 +56,10 @@ def sum_rows(x: Tensor, row: Tensor, weight: Tensor | None = None) -> Tensor:
     x (R, H) float, row (T, K) int32 or int64, weight (T, K) float, or None for 1 → (T, H) in x's dtype.
     """
     if runs_on_triton(x):
-        from ava_kernels.experts import kernels
+        from ava_kernels.experts import row_kernels
 
         with torch.cuda.device_of(x):
-            return kernels.sum_rows(x, row, weight)
+            return row_kernels.sum_rows(x, row, weight)
     T, K = row.shape
     out_TH = x.new_zeros(T, x.shape[1], dtype=_sum_dtype(x))
     for k in range(K if len(x) else 0):  # no (T, K, H) is ever made
@@ -83,10 +83,10 @@ def dot_rows(x: Tensor, row: Tensor, y: Tensor) -> Tensor:
     x (R, H) float, row (T, K) int32 or int64, y (T, H) float → (T, K) float32 (float64 for float64 x).
     """
     if runs_on_triton(x):
-        from ava_kernels.experts import kernels
+        from ava_kernels.experts import row_kernels
 
         with torch.cuda.device_of(x):
-            return kernels.dot_rows(x, row, y)
+            return row_kernels.dot_rows(x, row, y)
     out_TK = x.new_zeros(row.shape, dtype=_sum_dtype(x))
     y_TH = y.to(out_TK.dtype)
     for k in range(row.shape[1] if len(x) else 0):
