@@ -141,9 +141,7 @@ def test_generates_the_same_tokens(name, cache):
     assert eager.shape == (2, S + 12)
     assert torch.equal(switch(model, "ava").generate(**prompt, **options), eager)
     unpadded = {"input_ids": token_ids()}
-    assert torch.equal(
-        model.generate(**unpadded, **options), switch(model, "eager").generate(**unpadded, **options)
-    )
+    assert torch.equal(model.generate(**unpadded, **options), switch(model, "eager").generate(**unpadded, **options))
 
 
 def test_window_and_padding_reach_the_attention():
@@ -253,8 +251,9 @@ def test_without_a_gate(activation):
 def refused_experts():
     yield "act_fn is GELUTanh", mixtral_experts("gelu_pytorch_tanh")
     gpt_oss = {"swiglu_alpha": 1.7, "swiglu_limit": 7.0}
-    yield "has_bias is True", experts_module(
-        GptOssExperts, num_local_experts=5, hidden_size=8, intermediate_size=6, **gpt_oss
+    yield (
+        "has_bias is True",
+        experts_module(GptOssExperts, num_local_experts=5, hidden_size=8, intermediate_size=6, **gpt_oss),
     )
     for name, value in (("is_concatenated", False), ("has_post_expert_norm", True)):
         module = mixtral_experts()
@@ -265,8 +264,9 @@ def refused_experts():
         def _apply_gate(self, gate_up):
             return gate_up.chunk(2, dim=-1)[0]
 
-    yield "_apply_gate", experts_module(
-        OwnGate, num_local_experts=5, hidden_size=8, intermediate_size=6, hidden_act="silu"
+    yield (
+        "_apply_gate",
+        experts_module(OwnGate, num_local_experts=5, hidden_size=8, intermediate_size=6, hidden_act="silu"),
     )
 
 

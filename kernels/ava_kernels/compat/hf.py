@@ -56,7 +56,7 @@ _REFUSED_LAYOUTS = {  # what transformers' decorator says of an experts class, a
 _REFUSED_ATTENTION = ("s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices", "cache")
 
 
-def experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Σ_k top_k_weights · expert(hidden_states) over each token's experts, by `moe_mlp`.
 
     hidden_states (T, M), top_k_index (T, K) int, where numbers of no expert of this rank are left out, top_k_weights
@@ -115,7 +115,7 @@ def attention(
     return out_BHSD.transpose(1, 2), None
 
 
-def _activation(module: torch.nn.Module) -> str:
+def _activation(module: Any) -> str:
     """moe_mlp's name for what the experts do between their two products."""
     for name, only in _REFUSED_LAYOUTS.items():
         given = getattr(module, name, only)
