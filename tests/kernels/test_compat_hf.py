@@ -174,7 +174,13 @@ def test_the_work_is_done_by_our_operations(how, monkeypatch):
     assert len(calls) == 4
 
 
-def test_autocast_computes_in_its_dtype():
+def test_autocast_computes_in_its_dtype(monkeypatch):
+    def spy(x, gate_up, down, routing):
+        dtypes.update((x.dtype, gate_up.dtype, down.dtype))
+        return moe_mlp(x, gate_up, down, routing)
+
+    dtypes = set()
+    monkeypatch.setattr(hf, "moe_mlp", spy)
     model = random_model("mixtral").eval()
     truth = model(token_ids()).logits
 
@@ -183,6 +189,7 @@ def test_autocast_computes_in_its_dtype():
             return (switch(model, name)(token_ids()).logits - truth).norm()
 
     assert 0 < error("ava") <= 1.5 * error("eager")
+    assert dtypes == {torch.bfloat16}
 
 
 # --- Experts ---
