@@ -46,6 +46,20 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**MIXTRAL),
     "mixtral_window": transformers.MixtralConfig(**MIXTRAL, sliding_window=4),
     "qwen3": transformers.Qwen3MoeConfig(**SIZES, num_experts=7, moe_intermediate_size=18, intermediate_size=26),
+    "deepseek": transformers.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 6, "head_dim": 6},
+        kv_lora_rank=10,
+        q_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=6,
+        v_head_dim=10,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=18,
+        intermediate_size=26,
+    ),
     "olmoe": transformers.OlmoeConfig(**SIZES | {"head_dim": 4}, num_experts=6, intermediate_size=16),
 }
 S = 11

@@ -6,8 +6,9 @@
     model.set_experts_implementation("ava")     # or later, at any time
     model.set_attn_implementation("ava")
 
-The parameters stay where they are: transformers 5 keeps a layer's experts as (E, 2I, M) and (E, M, I), gate first, and
-`moe_mlp` takes them so, or transposed. The router stays the model's own.
+transformers 5.8 or newer; older ones (5.4) refuse experts that are not their own. The parameters stay where they are:
+transformers 5 keeps a layer's experts as (E, 2I, M) and (E, M, I), gate first, and `moe_mlp` takes them so, or
+transposed. The router stays the model's own.
 
 Experts: gated by silu or the exact gelu, or gelu or relu² without a gate; with autocast, and behind transformers'
 expert parallelism, whose choices of other ranks' experts take no work. A layer with biases, interleaved weights, its
