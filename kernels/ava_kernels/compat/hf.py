@@ -33,9 +33,7 @@ from transformers.integrations import moe
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from ava_kernels.attention.reference import rope_attention
-from ava_kernels.experts.op import moe_mlp
-from ava_kernels.routing.op import routing_from
+from ava_kernels import moe_mlp, rope_attention, routing_from
 
 _GATED = {
     SiLUActivation: "swiglu",
