@@ -13,7 +13,14 @@ from ava_kernels.attention.reference import rope_attention
 from ava_kernels.experts.op import grouped_mm, moe_mlp
 from ava_kernels.gradients.op import GradStats, clip_, clip_coefficient, grad_stats
 from ava_kernels.rotary.reference import apply_rotary, rope_table
-from ava_kernels.routing.op import Routing, load_balancing_loss, route, router_z_loss, update_expert_bias
+from ava_kernels.routing.op import (
+    Routing,
+    load_balancing_loss,
+    route,
+    router_z_loss,
+    routing_from,
+    update_expert_bias,
+)
 
 __all__ = [
     "GradStats",
@@ -29,5 +36,6 @@ __all__ = [
     "rope_table",
     "route",
     "router_z_loss",
+    "routing_from",
     "update_expert_bias",
 ]

@@ -1,4 +1,4 @@
-"""The public routing operations: `route`, the losses that keep it balanced, the expert bias, and a counting sort.
+"""The public routing operations: `route`, a choice made elsewhere as a Routing, losses, expert bias, counting sort.
 
 `route` is one custom op with one custom op for its gradient; both are opaque to torch.compile. On CUDA tensors they
 launch the kernels of `kernels.py`, elsewhere they run `reference.py`, which is also the definition.
@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_kernels.backend import runs_on_triton
 from ava_kernels.routing import reference
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+_INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,52 @@ def route(
         float(scale),
     )
     return Routing(**dict(zip(reference.Outputs._fields, outputs, strict=True)))
+
+
+def routing_from(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
+    """The Routing of a choice made elsewhere, such as by another library's router.
+
+    expert (T, K), int16, int32 or int64, and weight (T, K), any float dtype; K ≤ 32, num_experts ≤ 1024. A token names
+    an expert once at most; a number outside 0 … num_experts−1, such as −1, drops the request: its weight counts as 0
+    and gets no gradient. The pairs come in the order in which `route` gives them for the same choice.
+
+    What a choice does not tell is neutral: `probs`, `lse`, `mean_prob` and with them both losses are 0, without a
+    gradient; `rerouted` is 0; `requested` counts what is held. Differentiable in `weight`. Never waits for the device,
+    so `expert`'s numbers are not checked. Raises ValueError, naming the argument.
+    """
+    for name, given, kinds in (("expert", expert, "integers"), ("weight", weight, "floats")):
+        right = given.is_floating_point() if kinds == "floats" else given.dtype in _INTEGERS
+        if given.dim() != 2 or not right:
+            raise ValueError(f"{name} is {given.dtype} of shape {tuple(given.shape)}; it must be {kinds} (T, K)")
+    if weight.shape != expert.shape or weight.device != expert.device:
+        raise ValueError(
+            f"weight has the shape {tuple(weight.shape)} on {weight.device}, expert {tuple(expert.shape)} on "
+            f"{expert.device}: there must be a weight for each, on the same device"
+        )
+    T, K = expert.shape
+    if not 1 <= K <= MAX_TOP_K:
+        raise ValueError(f"expert has {K} columns; the experts of a token must be 1 to {MAX_TOP_K}")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts is {num_experts}; it must lie between 1 and {MAX_EXPERTS}")
+    held_TK = (expert >= 0) & (expert < num_experts)
+    expert_TK = torch.where(held_TK, expert, -1).int()
+    weight_TK = torch.where(held_TK, weight, 0.0).to(torch.promote_types(weight.dtype, torch.float32))
+    order_N, count_E = counting_sort(expert_TK.flatten(), num_experts)
+    token_N = order_N // K
+    zero = torch.zeros((), dtype=weight_TK.dtype, device=weight.device)
+    return Routing(
+        expert=expert_TK,
+        weight=weight_TK,
+        probs=zero.expand(T, num_experts),
+        lse=zero.expand(T),
+        mean_prob=zero.expand(num_experts),
+        requested=count_E,
+        offsets=F.pad(count_E.cumsum(0, dtype=torch.int32), (1, 0)),
+        token=token_N,
+        slot=order_N - token_N * K,
+        rerouted=torch.zeros((), dtype=torch.int64, device=expert.device),
+        dropped=(~held_TK).sum(),
+    )
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
@@ -317,7 +365,7 @@ def counting_sort(key: Tensor, bins: int, counts_only: bool = False) -> tuple[Te
     (bins,) int32. Keys outside 0 … bins−1 are not counted and come last, in their own order. Never waits for the
     device. Raises ValueError for other shapes, dtypes and sizes.
     """
-    if key.dim() != 1 or key.dtype not in (torch.int16, torch.int32, torch.int64) or len(key) >= 2**31:
+    if key.dim() != 1 or key.dtype not in _INTEGERS or len(key) >= 2**31:
         raise ValueError(
             f"key is {key.dtype} of shape {tuple(key.shape)}; it must be int16, int32 or int64 (N,), N < 2³¹"
         )

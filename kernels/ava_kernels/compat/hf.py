@@ -1,0 +1,144 @@
+"""Our expert matmuls and attention inside transformers' models: importing this registers "ava" with transformers.
+
+    import ava_kernels.compat.hf
+
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="ava", attn_implementation="ava")
+    model.set_experts_implementation("ava")     # or later, at any time
+    model.set_attn_implementation("ava")
+
+transformers 5.8 or newer; older ones (5.4) refuse experts that are not their own. The parameters stay where they are:
+transformers 5 keeps a layer's experts as (E, 2I, M) and (E, M, I), gate first, and `moe_mlp` takes them so, or
+transposed. The router stays the model's own.
+
+Experts: gated by silu or the exact gelu, or gelu or relu² without a gate; with autocast, and behind transformers'
+expert parallelism, whose choices of other ranks' experts take no work. A layer with biases, interleaved weights, its
+own gate, a norm behind its experts or another activation is refused with a ValueError that says so.
+
+Attention: plain causal and full attention is `rope_attention`, of queries and keys that the model has rotated.
+Everything that transformers expresses as a mask (padding, sliding windows, chunks, packed sequences, your own 4-D
+mask), and dropout, is torch's scaled_dot_product_attention with that mask. A query that sees no key, such as padding on
+the left, gives zeros, where "eager" gives the mean of all values. Attention with sinks, a soft cap, a position bias,
+sparse indices or a paged cache is refused with a ValueError, and so is `output_attentions`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import GELUActivation, ReLUSquaredActivation, SiLUActivation
+from transformers.integrations import moe
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from ava_kernels import moe_mlp, rope_attention, routing_from
+
+_GATED = {
+    SiLUActivation: "swiglu",
+    torch.nn.SiLU: "swiglu",
+    F.silu: "swiglu",
+    GELUActivation: "geglu",
+    F.gelu: "geglu",
+}
+_PLAIN = {
+    GELUActivation: "gelu",
+    F.gelu: "gelu",
+    ReLUSquaredActivation: "relu2",
+}
+_REFUSED_LAYOUTS = {  # what transformers' decorator says of an experts class, and the only value that we take
+    "has_bias": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+_REFUSED_ATTENTION = ("s_aux", "sinks", "softcap", "position_bias", "indices", "block_indices", "cache")
+
+
+def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Σ_k top_k_weights · expert(hidden_states) over each token's experts, by `moe_mlp`.
+
+    hidden_states (T, M), top_k_index (T, K) int, where numbers of no expert of this rank are left out, top_k_weights
+    (T, K) float → (T, M). Differentiable in hidden_states, top_k_weights and the module's weights. Raises ValueError
+    for modules that compute something else.
+    """
+    activation = _activation(module)
+    gate_up = module.gate_up_proj if getattr(module, "has_gate", True) else module.up_proj
+    down = module.down_proj
+    if module.is_transposed:
+        gate_up, down = gate_up.mT, down.mT
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
+    routing = routing_from(top_k_index, top_k_weights, len(gate_up))
+    options: dict[str, Any] = {} if activation == "swiglu" else {"activation": activation}
+    out = moe_mlp(hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), routing, **options)
+    return out.to(hidden_states.dtype)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling · query keyᵀ + mask) value, and None for the attention weights, which are never formed.
+
+    query (B, H_q, S_q, D), key and value (B, H_kv, S_k, D), H_q a multiple of H_kv; attention_mask None, or bool or
+    float (B or 1, H_q or 1, S_q, S_k) → (B, S_q, H_q, D). Without a mask attention is causal, where `is_causal` or else
+    the module says so, and a first step's keys beyond S_q, which a static cache has yet to fill, are left out.
+    `sliding_window` is not read: the mask has it. Raises ValueError for what is not computed.
+    """
+    for name in _REFUSED_ATTENTION:
+        if kwargs.get(name) is not None:
+            raise ValueError(_refusal(module, "attn", f"{name} is given", f"attention without {name}"))
+    if kwargs.get("output_attentions"):
+        raise ValueError(_refusal(module, "attn", "output_attentions is set", "attention that returns no weights"))
+    (H_q, S_q), (H_kv, S_k) = query.shape[1:3], key.shape[1:3]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and S_q > 1
+    if causal and S_k > S_q:
+        key, value = key[:, :, :S_q], value[:, :, :S_q]
+    if attention_mask is None and not dropout and key.shape[-1] == value.shape[-1]:
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return rope_attention(q, k, v, causal=causal, softmax_scale=scaling), None
+    if H_q != H_kv:  # fused kernels that take a mask do not share heads
+        key, value = (t.repeat_interleave(H_q // H_kv, dim=1) for t in (key, value))
+    out_BHSD = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+    )
+    return out_BHSD.transpose(1, 2), None
+
+
+def _activation(module: Any) -> str:
+    """moe_mlp's name for what the experts do between their two products."""
+    for name, only in _REFUSED_LAYOUTS.items():
+        given = getattr(module, name, only)
+        if given != only:
+            raise ValueError(_refusal(module, "experts", f"{name} is {given}", f"experts where it is {only}"))
+    gated = getattr(module, "has_gate", True)
+    if gated and type(module)._apply_gate is not moe._default_apply_gate:
+        raise ValueError(_refusal(module, "experts", "it has an _apply_gate of its own", "transformers' default one"))
+    known, act = (_GATED if gated else _PLAIN), getattr(module, "act_fn", None)
+    activation = known.get(act) or known.get(type(act))
+    if activation is None:
+        names = ", ".join(sorted({getattr(a, "__name__", str(a)) for a in known}))
+        gate = "with" if gated else "without"
+        raise ValueError(_refusal(module, "experts", f"its act_fn is {act}", f"these {gate} a gate: {names}"))
+    return activation
+
+
+def _refusal(module: torch.nn.Module, kind: str, given: str, allowed: str) -> str:
+    return (
+        f'{type(module).__name__}: {given}; {kind}_implementation="ava" computes only {allowed}. '
+        f'Take another one: model.set_{kind}_implementation("eager")'
+    )
+
+
+moe.ExpertsInterface.register("ava", experts)
+AttentionInterface.register("ava", attention)
+AttentionMaskInterface.register("ava", sdpa_mask)  # without one, transformers would pass no mask, not even padding
