@@ -1,11 +1,12 @@
-"""Compiles our Triton kernels for an H200 on a machine without one, and shows what the compiler made of them.
+"""Compiles our Triton kernels for a GPU on a machine without one, and shows what the compiler made of them.
 
-    python -m bench.sm90 [--json FILE]
+    python -m bench.sm90 [--architecture 80] [--cases PATTERN] [--json FILE]
 
 The public operations run on meta tensors at the shapes that the benchmarks time; each kernel launch is caught and
-compiled for sm_90 instead, specialised as Triton would for these arguments. Reported per launch: registers and bytes
-of spills a thread, bytes of shared memory a program; for products also how many tensor core (wgmma) and asynchronous
-fetch instructions (TMA and cp.async) the code has.
+compiled instead, for sm_90 (H100, H200) unless told otherwise, specialised as Triton would for these arguments.
+Reported per launch: registers and bytes of spills a thread, bytes of shared memory a program, how many tensor core
+(wgmma) and asynchronous fetch instructions (TMA and cp.async) the code has, and whether the assembler had to make its
+wgmma wait for each other.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from ava_kernels.experts import kernels as experts
-from ava_kernels.experts import row_kernels
+from ava_kernels.experts import row_kernels, tiles
 from ava_kernels.routing import kernels as routing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -144,6 +145,7 @@ CASES = {
     "moe_mlp, gelu": moe_mlp(32768, 2048, 1024, 64, 8, activation="gelu"),
     "moe_mlp, relu2": moe_mlp(32768, 2048, 1024, 64, 8, activation="relu2"),
     "moe_mlp, odd sizes": moe_mlp(1000, 1000, 504, 8, 2),
+    "moe_mlp, unaligned sizes": moe_mlp(1000, 1001, 505, 8, 2),
     "moe_mlp, fp32": moe_mlp(4096, 1024, 512, 8, 2, torch.float32),
 }  # fmt: skip
 
@@ -164,8 +166,10 @@ def _launches() -> Iterator[list[tuple[JITFunction, tuple[Any, ...], dict[str, A
         JITFunction.run = original
 
 
-def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Compiles one launch for sm_90 → its name and resources."""
+def compile_launch(
+    fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], architecture: int = 90
+) -> dict[str, Any]:
+    """Compiles one launch → its name and resources."""
     names = [parameter.name for parameter in fn.params]
     values = dict(zip(names, args, strict=False))
     options = {key: value for key, value in kwargs.items() if key not in names}
@@ -188,24 +192,35 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    key = str((fn.__name__, signature, constants, attributes, options, architecture))
+    if key not in _compiled:
+        source = ASTSource(fn, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        _compiled[key] = {"kernel": fn.__name__, **_resources(compiled, architecture)}
+    return _compiled[key]
+
+
+_compiled: dict[str, dict[str, Any]] = {}  # what differs in no way that the compiler sees is compiled once
+
+
+def _resources(compiled: Any, architecture: int) -> dict[str, Any]:
+    target = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         usage = subprocess.run(
-            [ASSEMBLER, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")],
+            [ASSEMBLER, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin")],
             stderr=subprocess.PIPE,
             text=True,
             check=True,
         ).stderr
     return {
-        "kernel": fn.__name__,
         "registers": _number(r"Used (\d+) registers", usage),
         "spills": _number(r"(\d+) bytes spill stores", usage),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         **{name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
+        "serialized": "wgmma.mma_async instructions are serialized" in usage,
     }
 
 
@@ -218,13 +233,18 @@ def _number(pattern: str, text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--architecture", type=int, default=90, choices=(80, 86, 89, 90), help="default: 90")
+    parser.add_argument("--cases", default="", help="a regular expression that a case's name must hold")
     arguments = parser.parse_args()
+    tiles.NEWEST = divmod(arguments.architecture, 10)
     rows = []
     for case, run in CASES.items():
+        if not re.search(arguments.cases, case):
+            continue
         with _launches() as launches:
             run()
         for fn, args, kwargs in launches:
-            row = {"case": case, **compile_launch(fn, args, kwargs)}
+            row = {"case": case, **compile_launch(fn, args, kwargs, arguments.architecture)}
             rows.append(row)
             print(LINE.format(**row), flush=True)
     if arguments.json:

@@ -45,7 +45,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tile: list[int]) -> None:
-    entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd")}
+    entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd", ", unaligned")}
     (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(tiles.KERNELS, entries)}))
     monkeypatch.setenv("AVA_KERNELS_CACHE", str(folder))
     forget_tiles()

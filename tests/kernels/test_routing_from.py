@@ -61,7 +61,7 @@ def test_weights_have_the_dtype_of_a_routing_and_their_gradient_its_own(given, k
 
 
 def test_serves_every_operation_that_takes_a_routing():
-    T, E, K, M, I = 12, 5, 2, 8, 4  # noqa: E741 - the field's letter
+    T, E, K, M, I = 12, 5, 2, 8, 4
     routed = route(torch.randn(T, E, dtype=torch.float64), K)
     made = routing_from(routed.expert, routed.weight, E)
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((T, M), (E, 2 * I, M), (E, M, I))]

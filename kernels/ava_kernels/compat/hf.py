@@ -23,7 +23,7 @@ sparse indices or a paged cache is refused with a ValueError, and so is `output_
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from ava_kernels import moe_mlp, rope_attention, routing_from
 
-_GATED = {
+_GATED: dict[Any, Literal["swiglu", "geglu"]] = {
     SiLUActivation: "swiglu",
     torch.nn.SiLU: "swiglu",
     F.silu: "swiglu",
     GELUActivation: "geglu",
     F.gelu: "geglu",
 }
-_PLAIN = {
+_PLAIN: dict[Any, Literal["gelu", "relu2"]] = {
     GELUActivation: "gelu",
     F.gelu: "gelu",
     ReLUSquaredActivation: "relu2",
@@ -70,8 +70,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
     routing = routing_from(top_k_index, top_k_weights, len(gate_up))
-    options: dict[str, Any] = {} if activation == "swiglu" else {"activation": activation}
-    out = moe_mlp(hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), routing, **options)
+    out = moe_mlp(hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), routing, activation=activation)
     return out.to(hidden_states.dtype)
 
 
@@ -114,7 +113,7 @@ def attention(
     return out_BHSD.transpose(1, 2), None
 
 
-def _activation(module: Any) -> str:
+def _activation(module: Any) -> Literal["swiglu", "geglu", "gelu", "relu2"]:
     """moe_mlp's name for what the experts do between their two products."""
     for name, only in _REFUSED_LAYOUTS.items():
         given = getattr(module, name, only)

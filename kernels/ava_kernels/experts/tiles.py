@@ -2,7 +2,8 @@
 
 Its keys are the device ("sm_90"; a device takes the entries of the newest generation that is not newer than itself),
 then the kernel, then the problem: "E×M×I bfloat16" for one that is pinned, "16 bit" or "32 bit" for all others, which
-may have an entry of their own, "16 bit, odd", where M or I is no multiple of 64.
+may have entries of their own: "16 bit, odd" where M or I is no multiple of 64, and before that "16 bit, unaligned"
+where one is no multiple of 16 bytes.
 `python -m bench.tune experts` searches for better tiles on a GPU and keeps what it finds in a file of the same form,
 `~/.cache/ava_kernels/tiles.json` (`AVA_KERNELS_CACHE` names another folder), which goes before the table. Nothing is
 searched for while a model trains.
@@ -47,6 +48,8 @@ def _find(kernel: str, device: str, dtype: torch.dtype, E: int, M: int, I: int) 
     keys = [problem(E, M, I, dtype), others]
     if M % 64 or I % 64:
         keys.insert(1, f"{others}, odd")
+    if M * dtype.itemsize % 16 or I * dtype.itemsize % 16:
+        keys.insert(1, f"{others}, unaligned")
     for table in (_read(cache_file()), _read(SHIPPED)):
         generations = [name for name in table if name.startswith("sm_") and int(name[3:]) <= int(device[3:])]
         for name in sorted(generations, key=lambda name: int(name[3:]), reverse=True):

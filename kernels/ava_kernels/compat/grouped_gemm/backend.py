@@ -25,8 +25,6 @@ def gmm(
     ends_E = batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)
     out = grouped_mm(a.mT if trans_a else a, b.mT if trans_b else b, offs=ends_E)
     if c is None:
-        if out.requires_grad:  # torch's own product fails where the gradient is expanded, as that of a sum is
-            out.register_hook(Tensor.contiguous)
         return out
     if c.shape != out.shape or c.dtype != out.dtype:
         raise ValueError(

@@ -12,6 +12,6 @@ def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Ten
 
     a (N, M), b (E, M, P), or (E, P, M) with `trans_b`, of one float dtype; batch_sizes (E,) int32 or int64, N in all →
     (N, P). Differentiable in a and b. `batch_sizes` is checked on the CPU; on a GPU it is not, and rows beyond its sum
-    are undefined. Raises ValueError, naming the argument.
+    are 0. Raises ValueError, naming the argument.
     """
     return backend.gmm(a, b, batch_sizes, trans_b=trans_b)
