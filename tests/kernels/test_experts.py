@@ -277,13 +277,13 @@ def test_offsets_may_pass_31_bits(product):
 def test_a_nan_stays_with_the_tokens_of_its_expert(product):
     """Also where a tile reaches over the end of an expert's rows into the next one's."""
     routing = routing_of(40, 3, 1)
-    x, gate_up, down = (t.detach() for t in inputs(40, 3, 24, 8, torch.float32))
+    x, gate_up, down = (t.detach() for t in inputs(40, 3, 24, 12, torch.float32))
     upstream, weight = torch.randn(40, 24), routing.weight.detach()
     tensors = [x, gate_up, down, weight]
     clean = all_results(ours(routing), [t.clone().requires_grad_() for t in tensors], upstream)
     bad = routing.expert[:, 0] == 1
     tensors[0] = torch.where(bad[:, None], float("nan"), x)
-    tensors[1] = gate_up.index_fill(0, torch.tensor([1]), float("inf"))
+    tensors[1:3] = (t.index_fill(0, torch.tensor([1]), float("inf")) for t in (gate_up, down))
     got = all_results(ours(routing), [t.requires_grad_() for t in tensors], upstream)
     healthy = torch.tensor([0, 2])
     for mine, other, rows in zip(got, clean, (~bad, ~bad, healthy, healthy, ~bad), strict=True):
