@@ -503,6 +503,19 @@ def _rows(
 
 
 @triton.jit
+def _part_of_h(h_ptr, row_B, end, column, I, GATED: tl.constexpr, C: tl.constexpr):
+    """→ (B, C) each: gate and up of the rows before `end`, columns from `column` on."""
+    column_C = column + tl.arange(0, C)
+    here_BC = (row_B < end)[:, None] & (column_C < I)[None, :]
+    h_BC = h_ptr + row_B[:, None].to(tl.int64) * (2 * I if GATED else I) + column_C[None, :]
+    gate = tl.load(h_BC, mask=here_BC, other=0.0)
+    up = gate
+    if GATED:
+        up = tl.load(h_BC + I, mask=here_BC, other=0.0)
+    return gate, up
+
+
+@triton.jit
 def _back(
     dout, dout_stride, w, w_stride_e, w_stride_l, w_stride_p, h_ptr, weight_ptr, token_ptr, slot_ptr, ends_ptr,
     dh_ptr, weighted_a_ptr, parts_ptr, E, M, I, N, K: tl.constexpr,
@@ -521,6 +534,8 @@ def _back(
         weight_B = tl.load(weight_ptr + token_B * K + tl.load(slot_ptr + pair_B)).to(tl.float32)
         offset_B = token_B * dout_stride
         first = column * BN
+        # h is asked for one part ahead of its use, the first before the product, which hides that it takes time.
+        gate, up = _part_of_h(h_ptr, row_B, end, first, I, GATED, BN // 4)
         da = tl.zeros([BM, BN], tl.float32)  # before the token's weight
         for at in range(0, M, BK):
             dout_BL = _left_tile(dout, offset_B, row, 1, at, M, POINTERS, WHOLE, BM, BK)
@@ -534,11 +549,10 @@ def _back(
             column_C = first + quarter * (BN // 4) + tl.arange(0, BN // 4)
             here_BC = (row_B < end)[:, None] & (column_C < I)[None, :]
             at_BC = row_B[:, None].to(tl.int64) * H + column_C[None, :]
-            gate = tl.load(h_ptr + at_BC, mask=here_BC, other=0.0).to(tl.float32)
-            up = gate
-            if GATED:
-                up = tl.load(h_ptr + at_BC + I, mask=here_BC, other=0.0).to(tl.float32)
-            a, slope, slope_up = _activate(gate, up, ACTIVATION)
+            gate_next, up_next = gate, up
+            if quarter < 3:
+                gate_next, up_next = _part_of_h(h_ptr, row_B, end, first + (quarter + 1) * (BN // 4), I, GATED, BN // 4)
+            a, slope, slope_up = _activate(gate.to(tl.float32), up.to(tl.float32), ACTIVATION)
             dtype = dh_ptr.dtype.element_ty
             if parts_ptr is not None:
                 part_B += tl.sum(tl.where(here_BC, da_BC * a, 0.0), axis=1)
@@ -549,7 +563,7 @@ def _back(
             tl.store(dh_ptr + at_BC, (da_BC * slope).to(dtype), mask=here_BC)
             if GATED:
                 tl.store(dh_ptr + at_BC + I, (da_BC * slope_up).to(dtype), mask=here_BC)
-            da_BC = da_BC2
+            da_BC, gate, up = da_BC2, gate_next, up_next
             if quarter == 1:
                 half_BC = half_BC2
         if parts_ptr is not None:
