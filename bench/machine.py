@@ -61,6 +61,24 @@ def timed(action: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def capture(action: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of an action that has run before, and what the action returned. Fails if it waits for the device."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = action()
+    return graph, result
+
+
+def on_side_stream(action: Callable[[], object]) -> None:
+    """Once, away from the stream that everything else runs on: what must come before a capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        action()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles of a list of times, in milliseconds."""
     first, median, third = statistics.quantiles(seconds, n=4)
