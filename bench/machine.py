@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def describe() -> dict[str, Any]:
@@ -46,14 +47,16 @@ def _module() -> str:
     return spec.name if spec else sys.argv[0]
 
 
-def timed(action: Callable[[], object], device: str) -> float:
-    """Seconds that one call takes; on a GPU, by its own clock."""
+def timed(action: Callable[[], object], device: str, before: Callable[[], object] | None = None) -> float:
+    """Seconds that one call takes; on a GPU, by its own clock, after `before`: work that lets the host get ahead."""
     if device == "cpu":
         started_at = time.perf_counter()
         action()
         return time.perf_counter() - started_at
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if before:
+        before()
     start.record()
     action()
     end.record()
@@ -92,7 +95,7 @@ def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**describe(), **result}, indent=1) + "\n")
     return path
