@@ -404,8 +404,13 @@ def run_group(name: str, device: str, tiny: bool, dtypes: list[torch.dtype]) -> 
                 "at": f"{place.filename}:{place.lineno}",
             }
         yield outcome
-        if "CUDA error" in outcome.get("error", ""):
+        if is_lost(outcome.get("error", "")):
             return  # whatever follows on this device would fail for the same reason
+
+
+def is_lost(error: object) -> bool:
+    """Whether nothing more can run on the device in this process."""
+    return any(text in str(error) for text in ("CUDA error", "Triton Error [CUDA]"))
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.check import expert_mlp, relative_error, results_of
+from bench.check import expert_mlp, is_lost, relative_error, results_of
 from bench.expert_peers import Contender, Problem, contenders, make_problem
 
 
@@ -45,6 +45,13 @@ class Size(NamedTuple):
     I: int  # noqa: E741 - the legend's letter
     E: int
     K: int
+
+    @classmethod
+    def of(cls, text: str) -> Size:
+        return cls(*map(int, text.split(",")))
+
+    def key(self) -> str:
+        return ",".join(map(str, self))
 
     def __str__(self) -> str:
         return f"{self.T} tokens, width {self.M}, {self.E} experts of {self.I}, {self.K} choices"
@@ -86,30 +93,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times the experts' MLP beside its peers.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", help="numbers of the sizes to run, such as 0,3; all if left out")
+    parser.add_argument("--size", action="append", type=Size.of, help="T,M,I,E,K instead of those here; repeatable")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--budget", type=float, help="minutes; what is not done by then is left out")
     parser.add_argument("--patience", type=float, help="seconds that a contender may take to compile and tune itself")
     parser.add_argument("--without", action="append", default=[], help="a contender to leave out; repeatable")
+    parser.add_argument("--processes", action="store_true", help="work in a second process on a CPU too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = SIZES[options.device]
-    numbers = [int(n) for n in options.rows.split(",")] if options.rows else list(range(len(sizes)))
-    if not all(0 <= n < len(sizes) for n in numbers):
-        parser.error(f"--rows is {options.rows}; it must name sizes from 0 to {len(sizes) - 1}")
+    sizes = options.size or SIZES[options.device]
+    if options.rows:
+        numbers = [int(n) for n in options.rows.split(",")]
+        if not all(0 <= n < len(sizes) for n in numbers):
+            parser.error(f"--rows is {options.rows}; it must name sizes from 0 to {len(sizes) - 1}")
+        sizes = [sizes[n] for n in numbers]
     if options.runs < 3:
         parser.error(f"--runs is {options.runs}; quartiles need at least 3")
     quick = options.budget is not None and options.budget < 60
     patience = options.patience or (max(30.0, 7.5 * options.budget) if quick else 1200.0)
-    run = _run(options.device, numbers, options.runs, options.without, quick, patience)
+    events = run(options.device, sizes, options.runs, options.without, quick, patience)
     if options.worker:
         with options.worker.open("a") as file:
-            for event in run:
+            for event in events:
                 file.write(json.dumps(event) + "\n")
                 file.flush()
         return 0
     deadline = time.monotonic() + 60 * options.budget if options.budget else float("inf")
     result: dict[str, Any] = {"runs": options.runs, "quick": quick, "sizes": [], "left_out": {}, "not_run": []}
-    events = _in_processes(options, numbers, deadline, patience) if options.device == "cuda" else run
+    if options.device == "cuda" or options.processes:
+        events = in_processes(options, sizes, deadline, patience)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in events:
         if "row" in event:
@@ -121,7 +133,7 @@ def main() -> int:
         else:
             continue
         result["sizes"] = list(rows.values())
-        result["not_run"] = [str(sizes[n]) for n in numbers for load in LOADS if (*sizes[n], load) not in rows]
+        result["not_run"] = [f"{size}, {load}" for size in sizes for load in LOADS if (*size, load) not in rows]
         machine.write(f"experts_{options.device}", result)
         if time.monotonic() > deadline:
             break
@@ -150,37 +162,39 @@ def _print(row: dict[str, Any]) -> None:
 # --- The second process ---
 
 
-def _in_processes(
-    options: argparse.Namespace, numbers: list[int], deadline: float, patience: float
+def in_processes(
+    options: argparse.Namespace, sizes: list[Size], deadline: float, patience: float
 ) -> Iterator[dict[str, Any]]:
     """Events of workers, each of which goes on where the last one fell."""
-    numbers, without = list(numbers), list(options.without)
+    left, without = [size.key() for size in sizes], list(options.without)
     with tempfile.TemporaryDirectory() as folder:
         for attempt in range(100):
             path = Path(folder) / f"events_{attempt}"
             path.touch()
             command = [sys.executable, "-m", "bench.experts", "--device", options.device, "--runs", str(options.runs)]
-            command += ["--worker", str(path), "--rows", ",".join(map(str, numbers)), "--patience", str(patience)]
+            command += ["--worker", str(path), "--patience", str(patience)]
+            command += [word for key in left for word in ("--size", key)]
             command += [word for name in without for word in ("--without", name)]
             command += ["--budget", str(options.budget)] if options.budget else []
+            size, running = left[0], None
             for event in follow(command, path, deadline, patience):
                 yield event
                 if "done" in event:
-                    numbers.remove(event["done"])
+                    left.remove(event["done"])
                 elif "at" in event:
-                    number, running = event["number"], event["at"]
+                    size, running = event["size"], event["at"]
                 elif "ended" in event:
                     break
             else:
                 return
             if running is None:
-                numbers.remove(number)
-                yield {"left_out": f"size {number}", "why": event["ended"]}
+                left.remove(size)
+                yield {"left_out": f"size {size}", "why": event["ended"]}
             else:
                 # What is wrong with ours may be so at one size; a peer gets no second chance.
-                without.append(f"{running}@{number}" if running in OURS else running)
+                without.append(f"{running}@{size}" if running in OURS else running)
                 yield {"left_out": without[-1], "why": event["ended"]}
-            if not numbers:
+            if not left:
                 return
 
 
@@ -221,45 +235,44 @@ def follow(command: list[str], path: Path, deadline: float, patience: float) -> 
 # --- One size ---
 
 
-def _run(
-    device: str, numbers: list[int], runs: int, without: list[str], quick: bool, patience: float
+def run(
+    device: str, sizes: list[Size], runs: int, without: list[str], quick: bool, patience: float
 ) -> Iterator[dict[str, Any]]:
     """Events: {"at": the contender about to run, or None}, {"row": figures of a size and load}, {"done": a size}."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for number in numbers:
-        size = SIZES[device][number]
-        yield {"at": None, "number": number, "patience": 5 * patience}
+    for size in sizes:
+        yield {"at": None, "size": size.key(), "patience": 5 * patience}
         known = contenders(device, quick)
-        failed = {name: "left out before" for name in known if name in without or f"{name}@{number}" in without}
+        failed = {name: "left out before" for name in known if name in without or f"{name}@{size.key()}" in without}
         errors: dict[str, dict[str, float]] = {}
         for load in LOADS:
             problem = make_problem(*size, load, device, dtype)
             ready: dict[str, Contender] = {}
             for name in [name for name in known if name not in failed]:
-                yield {"at": name, "number": number, "patience": patience * (5 if name in OURS else 1)}
+                yield {"at": name, "size": size.key(), "patience": patience * (5 if name in OURS else 1)}
                 with _noting(name, ready, failed):  # tunes itself at the full size
                     ready[name] = known[name](problem)
                     ready[name].backward(ready[name].forward(problem.x), [problem.x, *ready[name].leaves])
                     _synchronize(device)
                 _free(device)
-            yield {"at": None, "number": number}
+            yield {"at": None, "size": size.key()}
             if load == LOADS[0]:
                 small = make_problem(*size._replace(T=CHECKED_TOKENS[device]), "zipf", device, dtype)
-                exact = _exact(small)
+                exact = exact_results(small)
                 for name in list(ready):
-                    yield {"at": name, "number": number}
+                    yield {"at": name, "size": size.key()}
                     with _noting(name, ready, failed):
-                        errors[name] = _errors(known[name](small), small, exact)
+                        errors[name] = errors_of(known[name](small), small, exact)
                         if wrong := {
                             kind: f"{error:.3g}" for kind, error in errors[name].items() if not error <= WRONG
                         }:
                             raise ValueError(f"wrong: relative errors {wrong}")
                     _free(device)
                 del small, exact
-            yield from _time(problem, ready, device, runs, number, load, failed, errors)
+            yield from _time(problem, ready, device, runs, size, load, failed, errors)
             del problem, ready
             _free(device)
-        yield {"done": number}
+        yield {"done": size.key()}
 
 
 @contextmanager
@@ -268,13 +281,13 @@ def _noting(name: str, ready: dict[str, Contender], failed: dict[str, str]) -> I
     try:
         yield
     except Exception as error:
-        if "CUDA error" in str(error):
+        if is_lost(error):
             raise
         failed[name] = f"{type(error).__name__}: {error}"
         ready.pop(name, None)
 
 
-def _exact(problem: Problem) -> list[Tensor]:
+def exact_results(problem: Problem) -> list[Tensor]:
     def loop(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
         return expert_mlp(x, gate_up, down, problem.expert, weight)
 
@@ -282,7 +295,7 @@ def _exact(problem: Problem) -> list[Tensor]:
     return results_of(loop, [t.detach().float() for t in given], problem.upstream)
 
 
-def _errors(contender: Contender, problem: Problem, exact: list[Tensor]) -> dict[str, float]:
+def errors_of(contender: Contender, problem: Problem, exact: list[Tensor]) -> dict[str, float]:
     """Relative errors of the output and the gradients, or none if there is nothing to compare."""
     if contender.canonical is None:
         return {}
@@ -298,18 +311,18 @@ def _time(
     ready: dict[str, Contender],
     device: str,
     runs: int,
-    number: int,
+    size: Size,
     load: str,
     failed: dict[str, str],
     errors: dict[str, dict[str, float]],
 ) -> Iterator[dict[str, Any]]:
-    T, M, I, E, K = size = SIZES[device][number]  # noqa: E741
+    T, M, I, E, K = size  # noqa: E741
     cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     memory: dict[str, dict[str, int]] = {}
     for run in range(WARM_UP + runs):
         for name, contender in ready.items():
-            yield {"at": name, "number": number}
+            yield {"at": name, "size": size.key()}
             leaves = [problem.x, *contender.leaves]
             out: list[Any] = []
 
@@ -380,8 +393,8 @@ def _synchronize(device: str) -> None:
 
 
 def _free(device: str) -> None:
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
