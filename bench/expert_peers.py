@@ -392,6 +392,8 @@ def transformers(problem: Problem, implementation: str) -> Contender:
     return _plain(problem, lambda x: layer(x, index, weight), [layer.gate_up_proj, layer.down_proj, weight])
 
 
+OURS = ("ours", "ours, sorted", "ours, captured")
+SLOW = ("grouped_mm, compiled", "liger", "sonic-moe", "liger-cute", "megablocks")  # to get ready
 Prepare = Callable[[Problem], Contender]
 
 

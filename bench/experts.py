@@ -13,7 +13,8 @@ backward; ratios are a peer's time over that of "ours". Memory is torch's: `kept
 backward besides weights and output, to be compared with `kept_floor`, x and h; `peak` is on top of the inputs.
 
 On a GPU the work is done in a second process. Where that crashes or hangs, the contender that ran is left out from then
-on and the size is begun again. Results are written after every size, the most telling ones first.
+on and the size is begun again. Results are written after every size, the most telling ones first: all sizes without the
+contenders that take long to compile and tune themselves, then all again with them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from bench import machine
 from bench.check import expert_mlp, is_lost, relative_error, results_of
-from bench.expert_peers import Contender, Problem, contenders, make_problem
+from bench.expert_peers import OURS, SLOW, Contender, Problem, contenders, make_problem
 
 
 class Size(NamedTuple):
@@ -86,7 +87,6 @@ CHECKED_TOKENS = {"cuda": 2048, "cpu": 256}
 WRONG = 0.03  # largest relative error: bfloat16 makes 0.005, a wrong tile in 64 makes 0.1
 WARM_UP = 3
 CACHE = 2 << 30  # bytes: more than any second-level cache, and long enough to write for the host to get ahead
-OURS = ("ours", "ours, sorted", "ours, captured")
 
 
 def main() -> int:
@@ -99,6 +99,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, help="seconds that a contender may take to compile and tune itself")
     parser.add_argument("--without", action="append", default=[], help="a contender to leave out; repeatable")
     parser.add_argument("--processes", action="store_true", help="work in a second process on a CPU too")
+    parser.add_argument("--only-quick", action="store_true", help="without contenders that are slow to compile")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = options.size or SIZES[options.device]
@@ -110,8 +111,8 @@ def main() -> int:
     if options.runs < 3:
         parser.error(f"--runs is {options.runs}; quartiles need at least 3")
     quick = options.budget is not None and options.budget < 60
-    patience = options.patience or (max(30.0, 7.5 * options.budget) if quick else 1200.0)
-    events = run(options.device, sizes, options.runs, options.without, quick, patience)
+    patience = options.patience or (max(90.0, 10 * options.budget) if quick else 1200.0)
+    events = run(options.device, sizes, options.runs, options.without, quick, patience, not options.only_quick)
     if options.worker:
         with options.worker.open("a") as file:
             for event in events:
@@ -165,14 +166,20 @@ def _print(row: dict[str, Any]) -> None:
 def in_processes(
     options: argparse.Namespace, sizes: list[Size], deadline: float, patience: float
 ) -> Iterator[dict[str, Any]]:
-    """Events of workers, each of which goes on where the last one fell."""
-    left, without = [size.key() for size in sizes], list(options.without)
+    """Events of workers, each of which goes on where the last one fell; first of those without slow contenders."""
+    without = list(options.without)
     with tempfile.TemporaryDirectory() as folder:
+        left: list[str] = []
+        waves = [["--only-quick"]] if options.only_quick else [["--only-quick"], []]
         for attempt in range(100):
+            if not left:
+                if not waves:
+                    return
+                wave, left = waves.pop(0), [size.key() for size in sizes]
             path = Path(folder) / f"events_{attempt}"
             path.touch()
             command = [sys.executable, "-m", "bench.experts", "--device", options.device, "--runs", str(options.runs)]
-            command += ["--worker", str(path), "--patience", str(patience)]
+            command += ["--worker", str(path), "--patience", str(patience), *wave]
             command += [word for key in left for word in ("--size", key)]
             command += [word for name in without for word in ("--without", name)]
             command += ["--budget", str(options.budget)] if options.budget else []
@@ -186,7 +193,9 @@ def in_processes(
                 elif "ended" in event:
                     break
             else:
-                return
+                if left:  # time is up
+                    return
+                continue
             if running is None:
                 left.remove(size)
                 yield {"left_out": f"size {size}", "why": event["ended"]}
@@ -194,8 +203,6 @@ def in_processes(
                 # What is wrong with ours may be so at one size; a peer gets no second chance.
                 without.append(f"{running}@{size}" if running in OURS else running)
                 yield {"left_out": without[-1], "why": event["ended"]}
-            if not left:
-                return
 
 
 def follow(command: list[str], path: Path, deadline: float, patience: float) -> Iterator[dict[str, Any]]:
@@ -236,13 +243,14 @@ def follow(command: list[str], path: Path, deadline: float, patience: float) -> 
 
 
 def run(
-    device: str, sizes: list[Size], runs: int, without: list[str], quick: bool, patience: float
+    device: str, sizes: list[Size], runs: int, without: list[str], quick: bool, patience: float, slow: bool
 ) -> Iterator[dict[str, Any]]:
-    """Events: {"at": the contender about to run, or None}, {"row": figures of a size and load}, {"done": a size}."""
+    """Events: {"at": the contender about to run, or None}, {"row": figures of a size and load}, {"done": a size}.
+    Without `slow`, those that take long to compile and tune themselves have no part in it."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for size in sizes:
         yield {"at": None, "size": size.key(), "patience": 5 * patience}
-        known = contenders(device, quick)
+        known = {name: prepare for name, prepare in contenders(device, quick).items() if slow or name not in SLOW}
         failed = {name: "left out before" for name in known if name in without or f"{name}@{size.key()}" in without}
         errors: dict[str, dict[str, float]] = {}
         for load in LOADS:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 SIZE = experts.Size(48, 32, 16, 6, 2)
 
 
-def rows(**options):
-    events = list(experts.run("cpu", [SIZE], 3, options.get("without", []), False, 60.0))
+def rows():
+    events = list(experts.run("cpu", [SIZE], 3, [], False, 60.0, slow=True))
     return [event["row"] for event in events if "row" in event]
 
 
@@ -77,7 +77,7 @@ def test_a_crash_leaves_out_whom_it_belongs_to_and_the_rest_goes_on(tmp_path):
     (tmp_path / "transformers.py").write_text("import os\nos.abort()\n")
     paths = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "BENCH_RESULTS": str(tmp_path)}
-    command = [sys.executable, "-m", "bench.experts", "--device", "cpu", "--runs", "3", "--processes"]
+    command = [sys.executable, "-m", "bench.experts", "--device", "cpu", "--runs", "3", "--processes", "--only-quick"]
     command += ["--size", SIZE.key()]
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     result = json.loads((tmp_path / "experts_cpu.json").read_text())
