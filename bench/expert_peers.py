@@ -70,7 +70,7 @@ class Contender:
 def make_problem(
     T: int,
     M: int,
-    I: int,  # noqa: E741 - the legend's letter
+    I: int,
     E: int,
     K: int,
     load: str,

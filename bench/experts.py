@@ -43,7 +43,7 @@ from bench.expert_peers import OURS, SLOW, Contender, Problem, contenders, make_
 class Size(NamedTuple):
     T: int
     M: int
-    I: int  # noqa: E741 - the legend's letter
+    I: int
     E: int
     K: int
 
@@ -324,7 +324,7 @@ def _time(
     failed: dict[str, str],
     errors: dict[str, dict[str, float]],
 ) -> Iterator[dict[str, Any]]:
-    T, M, I, E, K = size  # noqa: E741
+    T, M, I, E, K = size
     cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     memory: dict[str, dict[str, int]] = {}
