@@ -22,21 +22,12 @@ def rope_table(
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, conjugate: bool = False) -> Tensor:
-    """Turns the first 2·cos.shape[-1] features of every head; the rest pass through.
-
-    x (B, S, H, D); cos, sin (S_max ≥ S, rotary_dim / 2), row s for position s. Pairs are (i, i + rotary_dim/2), or
-    (2i, 2i+1) if `interleaved`. `conjugate` turns the other way, which is also the gradient. Computed in float32
-    (float64 for float64 input), returned in x's dtype. Raises ValueError where the shapes do not fit.
-    """
-    length, half = x.shape[1], cos.shape[-1]
-    if cos.shape != sin.shape or cos.shape[0] < length or 2 * half > x.shape[-1]:
-        raise ValueError(
-            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
-            "both must be (at least x.shape[1], at most x.shape[3] / 2)"
-        )
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, interleaved: bool, conjugate: bool) -> Tensor:
+    """`op.apply_rotary` of x (B, S, H, D), position (B, S) int, or None for 0 … S−1."""
+    half = cos.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos_SD, sin_SD = (table[:length, None, :].to(dtype) for table in (cos, sin))
+    where = slice(x.shape[1]) if position is None else position
+    cos_SD, sin_SD = (table[where].unsqueeze(-2).to(dtype) for table in (cos, sin))
     if conjugate:
         sin_SD = -sin_SD
     turned = x[..., : 2 * half].to(dtype)
