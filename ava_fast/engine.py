@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -85,6 +85,8 @@ class Engine:
     rank: int
     world_size: int
     device: torch.device
+    collectives: Literal["step", "backward", "forward"]
+    """Where ranks first wait for each other in a step: from there on, none may fail alone."""
     model: nn.Module
     """The module inside, for everything that has no backward pass: train(), eval(), evaluation, generation."""
 
@@ -97,6 +99,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self._config = config
         self._stage = config.deepspeed.zero_stage
+        self.collectives = ("step", "step", "backward", "forward")[self._stage]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Matrices first: the order of the optimizer's groups is the order in which `_master` finds the weights.
         self._groups = [[p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]]
@@ -111,7 +114,7 @@ class Engine:
                 model=model, optimizer=self._optimizer, config=_deepspeed_config(config, elements)
             )[0]
         self._decide: Callable[[float], float | None] | None = None  # while a step is under way
-        self._decided = False
+        self._decided, self._passes = False, 0
         self._stats: GradStats | None = None
         self._norm, self._nonfinite = math.nan, 0
         self._lr: float | None = None
@@ -122,6 +125,8 @@ class Engine:
             state_dict = self._engine.optimizer.state_dict
             self._engine.optimizer.state_dict = lambda: {**state_dict(), "zero_stage": 1}
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # nccl knows no tensors on the host. Only the stages with `collectives` in backward alone have to ask.
+        self._hosts = dist.new_group(backend="gloo") if self._stage == 2 and dist.get_backend() == "nccl" else None
         self.device = torch.device(self._engine.device)
         self.model = model
 
@@ -132,6 +137,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Adds one micro-batch's gradient. `loss`: 0-d, already divided by the number of micro-batches."""
         self._engine.backward(loss)
+        self._passes += 1
 
     def step(self, decide: Callable[[float], float | None]) -> StepResult:
         """Averages the accumulated gradient over ranks, clips it and takes one AdamW step, or none.
@@ -140,7 +146,7 @@ class Engine:
         learning rate, or None to drop the gradient. It must decide the same on every rank. A gradient that is not
         finite is dropped whatever it says.
         """
-        self._decide, self._decided, self._stats, self._lr = decide, False, None, None
+        self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
             self._engine.step()
             if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
@@ -148,6 +154,29 @@ class Engine:
         finally:
             self._decide = None
         return StepResult(self._norm, self._nonfinite, self._lr is not None and self._engine.was_step_applied())
+
+    def discard(self) -> None:
+        """Forgets what `backward` has added since the last step. Every rank calls it.
+
+        In stages 0 and 1 the ranks need not have made the same passes, and one may have failed in the midst of one. In
+        2 and 3 they have, as these reduce gradients in `backward`.
+        """
+        if self._stage >= 2:
+            if self._passes:
+                self.step(lambda _: None)
+            return
+        self._passes, wrapper = 0, self._engine.optimizer
+        if hasattr(wrapper, "clear_hp_grads"):  # bf16 in stage 1, where fp32 gradients lie apart
+            wrapper.clear_hp_grads()
+            wrapper.clear_lp_grads(set_to_none=True)
+        else:
+            wrapper.zero_grad(set_to_none=True)
+
+    def all_agree(self, well: bool) -> bool:
+        """Whether it is well on every rank. Collective, between the hosts: the device is not waited for."""
+        flag = torch.tensor(float(not well))
+        dist.all_reduce(flag, group=self._hosts)
+        return not flag.item()
 
     @contextlib.contextmanager
     def nonfinite_gradients(self) -> Iterator[list[str]]:
