@@ -155,6 +155,28 @@ class Engine:
             self._decide = None
         return StepResult(self._norm, self._nonfinite, self._lr is not None and self._engine.was_step_applied())
 
+    def take_gradient(self) -> list[Tensor]:
+        """What `backward` has added on this rank since the last step, in fp32, parameter by parameter; nothing of it
+        stays. Stage 0 only: elsewhere no rank holds a whole gradient."""
+        assert self._stage == 0
+        parameters = [parameter for group in self._groups for parameter in group]
+        gradients = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return gradients
+
+    def set_gradient(self, gradients: list[Tensor]) -> None:
+        """Puts in its place what every rank has made, the same on all, of what `take_gradient` gave."""
+        for parameter, gradient in zip((p for group in self._groups for p in group), gradients, strict=True):
+            parameter.grad = gradient
+
+    def average(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Their mean over ranks. Collective."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.world_size).split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
     def discard(self) -> None:
         """Forgets what `backward` has added since the last step. Every rank calls it.
 

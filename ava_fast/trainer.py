@@ -32,6 +32,7 @@ from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.stability import surgery
 from ava_fast.stability.failures import (
     PAUSES,
     RETRIED,
@@ -91,6 +92,9 @@ class Trainer:
         self._lost_step = False  # the step under way cannot be taken
         routed = config.model.num_layers - config.model.num_dense_layers if config.moe.num_experts else 0
         self._routed = (routed, config.moe.num_experts if routed else 1)  # MoE blocks and experts
+        N = training.gradient_accumulation_steps
+        self._targets = [[0.0] * N for _ in range(N)]  # of adaptive gradient surgery
+        self._gradients: list[list[torch.Tensor]] = []  # for it, of the micro-batches of the step under way
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
@@ -140,7 +144,7 @@ class Trainer:
         training, engine = self.config.training, self.engine
         started_at, noise = time.perf_counter(), _generator_states()
         batches, positions, seen = [], [], []
-        self._failures, self._lost_step = [], False
+        self._failures, self._lost_step, self._gradients = [], False, []
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
@@ -164,6 +168,7 @@ class Trainer:
             ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.saved_at >= 0, failures=failures)
             result = StepResult(math.nan, 0, applied=False)
         else:
+            targets = self._operate()
             result = engine.step(decide)
         if ruling.trouble is not None:
             if self._trouble_from is None:
@@ -177,6 +182,7 @@ class Trainer:
         if not ruling.apply:
             _restore_generators(noise)  # the next batch is seen as if this one had never been
             return ruling, interrupted
+        self._targets = targets
         update_expert_biases(engine.model, requested_LE)
         self.step += 1
         seconds = time.perf_counter() - started_at
@@ -236,6 +242,8 @@ class Trainer:
             output = self._forward(batch)
             if engine.collectives == "step":
                 self._backward(output)
+                if self.config.stability.gradient_surgery != "none":
+                    self._gradients.append(engine.take_gradient())
         except Exception as error:
             if engine.collectives == "forward":
                 raise
@@ -249,6 +257,23 @@ class Trainer:
         if engine.collectives != "step":
             self._backward(output)
         return _figures(output)
+
+    def _operate(self) -> surgery.Matrix:
+        """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
+
+        The order of the losses depends on the seed and the step alone, so every rank does the same.
+        """
+        targets, kind = [list(row) for row in self._targets], self.config.stability.gradient_surgery
+        if kind == "none":
+            return targets
+        losses = [self.engine.average(gradients) for gradients in self._gradients]
+        products, order = surgery.gram(losses), random.Random(f"{self.config.training.seed} {self.step}")
+        if kind == "adaptive":
+            weights = surgery.adaptive(products, targets, order)
+        else:
+            weights = surgery.pcgrad(products, order)
+        self.engine.set_gradient(surgery.combine(losses, weights))
+        return targets
 
     def _failed(self, trouble: Trouble, line: str) -> None:
         self._failures.append((trouble, line, self.loader.position - self.config.training.batch_size))
@@ -414,6 +439,7 @@ class Trainer:
                     "calm": calm,
                     "judge": self.judge.state_dict(),
                     "trouble_from": self._trouble_from,
+                    "targets": self._targets,
                 },
                 "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
                 "heldout_step": self.evaluated_at,
@@ -448,6 +474,9 @@ class Trainer:
             _restore_generators(torch.load(generators, weights_only=False))
         self.judge.load_state_dict(manifest["stability"]["judge"])
         self._trouble_from = manifest["stability"]["trouble_from"]
+        targets = manifest["stability"].get("targets", [])
+        if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
+            self._targets = targets
         self.step = self.saved_at = manifest["step"]
         self.evaluated_at = manifest["heldout_step"]
         if manifest["heldout_loss"] is not None:
