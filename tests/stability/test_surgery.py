@@ -25,6 +25,8 @@ from ava_fast.trainer import seed_generators
 
 CASES = [("pcgrad", "fp32"), ("adaptive", "fp32"), ("adaptive", "bf16")]
 LOSSES, STEPS = 3, 4
+FAULTS = {1: ("nan loss", 1), 2: ("inf gradient", 0), 3: ("explosion", 1)}  # the last is finite, and above max_norm
+NONE: dict[int, tuple[str, int]] = {}
 
 
 def oracle(gradients_NP: Tensor, order: random.Random, target_NN: Tensor | None = None) -> Tensor:
@@ -115,7 +117,12 @@ def settings(file: str, kind: str, precision: str, *overrides: str) -> Config:
     fixed = [f"stability.gradient_surgery={kind}", f"training.precision={precision}", "deepspeed.zero_stage=0"]
     fixed += [f"training.gradient_accumulation_steps={LOSSES}", f"training.max_steps={STEPS}", "moe.jitter=0"]
     # So that a micro-batch's gradient does not depend on how ranks share it, and conflicts are many.
-    fixed += ["moe.aux_loss_weight=0", "model.initializer_range=0.3", "training.max_grad_norm=0"]
+    fixed += [
+        "moe.aux_loss_weight=0",
+        "model.initializer_range=0.3",
+        "training.max_grad_norm=0",
+        "stability.max_norm=1e4",
+    ]
     return load_config(file, [*fixed, "evaluation.eval_steps=0", "checkpoint.save_steps=2", *overrides])
 
 
@@ -137,9 +144,9 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
     for kind, precision in CASES:
         config, folder = settings(file, kind, precision), root / f"{kind}{precision}"
         weights, case = fresh(config), {}
-        for name, faults in (("clean", {}), ("faulty", {1: ("nan loss", 1), 2: ("inf gradient", 0)})):
+        for name, faults in (("clean", NONE), ("faulty", FAULTS)):
             run = Run(config, shards, folder / name, weights)
-            run.faults, run.drop = faults, {1, 2} - faults.keys()
+            run.faults, run.drop = faults, FAULTS.keys() - faults.keys()
             run.trainer.engine.model.register_forward_hook(partial(turn, run.trainer.loader))
             given: list[list[Tensor]] = []
             set_gradient = run.trainer.engine.set_gradient
@@ -216,7 +223,7 @@ def test_skips_and_resumption_leave_no_trace_in_it(
         assert any(map(any, seen["clean"]["targets"])) == (case[0] == "adaptive")
     seen = ranks[0][case]
     assert seen["clean"]["targets"] == ranks[1][case]["clean"]["targets"]
-    assert len(seen["faulty"]["verdict"]) == 2
+    assert len(seen["faulty"]["verdict"]) == 3
     for other in ("faulty", "resumed"):
         for name, weight in seen["clean"]["weights"].items():
             assert torch.equal(weight, seen[other]["weights"][name]), (other, name)
