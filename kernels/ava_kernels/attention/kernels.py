@@ -245,9 +245,15 @@ def _turned_rows(
     ptr, offset_M, there_M, position_M, cos_ptr, sin_ptr, cos_stride, sin_stride,
     D: tl.constexpr, D_PADDED: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """→ (M, D): `_rows`, turned. An element's partner is fetched too: from the cache, where it just came to."""
+    """→ (M, D): `_rows`, turned. Where not all of a head turns, or D is no power of two, an element's partner is
+    fetched a second time: from the cache, where it just came to."""
     x_MD = _rows(ptr, offset_M, there_M, D, D_PADDED)
-    if TURNED > 0:
+    if TURNED == D and D == D_PADDED:
+        x_MD = _turn(
+            x_MD.to(tl.float32), there_M, position_M, cos_ptr, sin_ptr, cos_stride, sin_stride, 1.0,
+            ptr.dtype.element_ty, INTERLEAVED,
+        )  # fmt: skip
+    elif TURNED > 0:
         column_D = tl.arange(0, D_PADDED)
         if INTERLEAVED:
             first_D = column_D % 2 == 0
@@ -268,27 +274,40 @@ def _turned_rows(
 
 
 @triton.jit
+def _turn(
+    x_MD, there_M, position_M, cos_ptr, sin_ptr, cos_stride, sin_stride, direction,
+    dtype: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """→ x (M, D) float32, all of it turned by its rows' angles times `direction`, 1 or −1, in `dtype`."""
+    BM: tl.constexpr = x_MD.shape[0]
+    P: tl.constexpr = x_MD.shape[1] // 2
+    pair_P = tl.arange(0, P)
+    at_MP = position_M[:, None].to(tl.int64)
+    cos_MP = tl.load(cos_ptr + at_MP * cos_stride + pair_P[None, :], mask=there_M[:, None], other=1.0).to(tl.float32)
+    sin_MP = tl.load(sin_ptr + at_MP * sin_stride + pair_P[None, :], mask=there_M[:, None], other=0.0).to(tl.float32)
+    sin_MP *= direction
+    if INTERLEAVED:
+        first_MP, second_MP = tl.split(tl.reshape(x_MD, (BM, P, 2)))
+    else:
+        first_MP, second_MP = tl.split(tl.permute(tl.reshape(x_MD, (BM, 2, P)), (0, 2, 1)))
+    turned_MP = first_MP * cos_MP - second_MP * sin_MP
+    x_MP2 = tl.join(turned_MP.to(dtype), (second_MP * cos_MP + first_MP * sin_MP).to(dtype))
+    if INTERLEAVED:
+        x_MD = tl.reshape(x_MP2, (BM, 2 * P))
+    else:
+        x_MD = tl.reshape(tl.permute(x_MP2, (0, 2, 1)), (BM, 2 * P))
+    return x_MD
+
+
+@triton.jit
 def _store_turned_back(
     ptr, offset_M, there_M, x_MD, position_M, cos_ptr, sin_ptr, cos_stride, sin_stride,
     D: tl.constexpr, D_PADDED: tl.constexpr, TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Stores x (M, D) float32, turned by the negative angles if TURNED, which is then all of D."""
-    BM: tl.constexpr = x_MD.shape[0]
     if TURNED > 0:
-        pair_P = tl.arange(0, D_PADDED // 2)
-        at_MP = position_M[:, None].to(tl.int64)
-        cos_MP = tl.load(cos_ptr + at_MP * cos_stride + pair_P[None, :], mask=there_M[:, None], other=1.0)
-        sin_MP = tl.load(sin_ptr + at_MP * sin_stride + pair_P[None, :], mask=there_M[:, None], other=0.0)
-        cos_MP, sin_MP = cos_MP.to(tl.float32), sin_MP.to(tl.float32)
-        if INTERLEAVED:
-            first_MP, second_MP = tl.split(tl.reshape(x_MD, (BM, D_PADDED // 2, 2)))
-        else:
-            first_MP, second_MP = tl.split(tl.permute(tl.reshape(x_MD, (BM, 2, D_PADDED // 2)), (0, 2, 1)))
-        back_MP2 = tl.join(first_MP * cos_MP + second_MP * sin_MP, second_MP * cos_MP - first_MP * sin_MP)
-        if INTERLEAVED:
-            x_MD = tl.reshape(back_MP2, (BM, D_PADDED))
-        else:
-            x_MD = tl.reshape(tl.permute(back_MP2, (0, 2, 1)), (BM, D_PADDED))
+        dtype: tl.constexpr = ptr.dtype.element_ty
+        x_MD = _turn(x_MD, there_M, position_M, cos_ptr, sin_ptr, cos_stride, sin_stride, -1.0, dtype, INTERLEAVED)
     column_D = tl.arange(0, D_PADDED)
     mask_MD = there_M[:, None] & (column_D < D)[None, :]
     tl.store(ptr + offset_M[:, None] + column_D[None, :], x_MD.to(ptr.dtype.element_ty), mask=mask_MD)
@@ -394,6 +413,11 @@ def _forward(
             to_M = b * turned_stride_b + row_M * turned_stride_s + h.to(tl.int64) * D
             mask_MD = there_M[:, None] & (column_D < D)[None, :]
             tl.store(turned_q_ptr + to_M[:, None] + column_D[None, :], q_MD, mask=mask_MD)
+            if D_PADDED == 64:
+                # Computed operands of this width go through registers, and wgmma then waits for each other; fetched
+                # ones do not.
+                tl.debug_barrier()
+                q_MD = _rows(turned_q_ptr, to_M, there_M, D, D_PADDED)
         k += b * k_stride_b + first_k * k_stride_s + (h // GROUP).to(tl.int64) * k_stride_h
         v += b * v_stride_b + first_k * v_stride_s + (h // GROUP).to(tl.int64) * v_stride_h
         last = tl.minimum(block * BM + BM, len_q) - 1
