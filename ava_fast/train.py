@@ -10,6 +10,7 @@ Exit codes of each process (torchrun turns every failure into 1): 0 done, 2 refu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -94,6 +95,10 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
             finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
         except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
             logger.warning(f"the report could not be written: {unwritten}")
+        if not isinstance(error, LostRank):
+            # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
         raise
     finish(trainer, shards, "finished", started_at)
 

@@ -211,7 +211,9 @@ def test_a_disk_that_fills_up_during_a_save_leaves_nothing_half_written(
 
     failed = launch(config, ranks=ranks, preexec_fn=limit_file_size)
     assert failed.returncode == (3 if ranks == 1 else 1)
-    (line,) = [line for line in failed.stdout.splitlines() if "could not be written" in line]
+    lines = [line for line in failed.stdout.splitlines() if "could not be written" in line]
+    assert len(lines) == 1, failed.stdout
+    (line,) = lines
     assert "step_2: the checkpoint could not be written" in line
     assert "there is no checkpoint yet" in line
     assert "rank0]: Traceback" not in failed.stdout

@@ -72,9 +72,9 @@ def test_a_wrong_choice_is_noticed(monkeypatch):
 def test_other_bits_the_second_time_are_noticed(monkeypatch):
     function, calls = check.moe_mlp, []
 
-    def noisy(*args):
+    def noisy(*args, **options):
         calls.append(1)
-        return function(*args) * (1 + 2.0**-20 * (len(calls) % 2))
+        return function(*args, **options) * (1 + 2.0**-20 * (len(calls) % 2))
 
     monkeypatch.setattr(check, "moe_mlp", noisy)
     assert "other bits" in outcomes("moe_mlp")[0]["error"]

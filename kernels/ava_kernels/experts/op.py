@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ava_kernels.backend import runs_on_triton
 from ava_kernels.experts import reference
@@ -223,6 +224,18 @@ def _backward(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, .
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.ava_kernels.moe_mlp)
+def _moe_mlp_flops(x: Any, gate_up: Any, down: Any, weight: Any, *rest: Any, **named: Any) -> int:
+    """For torch's FlopCounterMode, which sees shapes alone: as if no choice was dropped."""
+    (_, H, M), I, (T, K) = gate_up, down[2], weight
+    return 2 * T * K * M * (H + I)
+
+
+@register_flop_formula(torch.ops.ava_kernels.moe_mlp_backward)
+def _moe_mlp_backward_flops(dout: Any, x: Any, gate_up: Any, down: Any, weight: Any, *rest: Any, **named: Any) -> int:
+    return 2 * _moe_mlp_flops(x, gate_up, down, weight)
 
 
 @torch.library.custom_op("ava_kernels::grouped_mm", mutates_args=())
