@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.data.order import Shuffle
 from ava_fast.data.shards import Piece, TokenStream, write_shards
 from ava_fast.errors import UserError
 
@@ -81,14 +82,14 @@ def test_every_token_of_an_epoch_exactly_once(
         return
     with shards(texts, shard_tokens) as folder:
         batch_size = rows * world_size
-        order = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
-        batches = global_batches(folder, world_size, -(-3 * len(sequences) // batch_size), **order)
+        settings = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
+        batches = global_batches(folder, world_size, -(-3 * len(sequences) // batch_size), **settings)
         seen = [row for batch in batches for row in batch]
         for epoch in range(3):
             visited = seen[epoch * len(sequences) : (epoch + 1) * len(sequences)]
             assert sorted(visited) == sorted(sequences)
-            expected = np.random.default_rng((seed, epoch)).permutation(len(sequences))
-            assert visited == [sequences[index] for index in expected]
+            order = Shuffle(len(sequences), seed=seed).at(np.arange(len(sequences)) + epoch * len(sequences))
+            assert visited == [sequences[index] for index in order]
 
 
 @settings(max_examples=15, deadline=None)
@@ -227,7 +228,7 @@ def test_documents_of_a_batch_are_those_whose_tokens_it_holds() -> None:
         numbers = [number for number, document in enumerate(documents) for _ in [*document, EOS]]
         for _ in range(20):
             position = loader.position
-            expected = {n for index in loader.share(position) for n in numbers[5 * index : 5 * index + 6]}
+            expected = {n for _, index in loader.batches.share(position) for n in numbers[5 * index : 5 * index + 6]}
             assert loader.documents(position) == sorted(expected)
             loader.next_batch()
 
@@ -237,7 +238,7 @@ def test_a_batch_that_cannot_be_read_is_passed_over(monkeypatch: pytest.MonkeyPa
         plain, damaged = (TokenLoader(folder, max_length=4, batch_size=2, seed=0) for _ in range(2))
         expected = [plain.next_batch()[0] for _ in range(3)]
         with monkeypatch.context() as patched:
-            patched.setattr(TokenStream, "read", lambda *_: damaged_file())
+            patched.setattr(TokenStream, "read_rows", lambda *_: damaged_file())
             with pytest.raises(UserError, match="damaged"):
                 damaged.next_batch()
         assert torch.equal(damaged.next_batch()[0], expected[1])
