@@ -136,6 +136,10 @@ class DataConfig(Section):
     """Tokens per training sequence (S)."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of documents held out, chosen by a hash of their path: never trained on."""
+    document_attention: bool = False
+    """Tokens attend only to their own document, with positions counted from its start, in training and evaluation."""
+    prefetch_batches: Annotated[int, Field(ge=0, le=1024)] = 2
+    """Batches that a thread reads ahead, into page-locked memory where there is CUDA. 0: none."""
 
 
 class TrainingConfig(Section):

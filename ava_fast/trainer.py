@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.compatibility import model_differences
 from ava_fast.config import Config
+from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.engine import Engine
 from ava_fast.errors import Interrupted, TrainingError, UserError
@@ -44,8 +45,10 @@ class Trainer:
     `run_folder` is the run's place on disk, `shards` the prepared data. All ranks construct it together.
     """
 
-    def __init__(self, config: Config, run_folder: Path, shards: Path, weights: dict[str, torch.Tensor] | None = None):
-        self.config, self.shards = config, shards
+    def __init__(
+        self, config: Config, run_folder: Path, shards: Shards, weights: dict[str, torch.Tensor] | None = None
+    ):
+        self.config, self.shards = config, sources_of(shards)[0].folder
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         rank, world_size = dist.get_rank(), dist.get_world_size()
         training = config.training
@@ -56,6 +59,8 @@ class Trainer:
             seed=training.seed,
             rank=rank,
             world_size=world_size,
+            document_attention=config.data.document_attention,
+            prefetch=config.data.prefetch_batches,
         )
         self.heldout_NS1 = heldout_sequences(
             shards, max_length=config.data.max_length, limit=config.evaluation.max_sequences
@@ -76,6 +81,7 @@ class Trainer:
         self._stop_signal = 0
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
+        self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
         self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
 
@@ -168,7 +174,7 @@ class Trainer:
         )
         return ruling, interrupted
 
-    def _read(self) -> tuple[tuple[torch.Tensor, torch.Tensor], str | None]:
+    def _read(self) -> tuple[Batch, str | None]:
         """The next batch; or, where the data is damaged, one that takes its place, and what is wrong: the other ranks
         are on their way into a collective, and this one must be there."""
         try:
@@ -178,16 +184,15 @@ class Trainer:
             nothing_BS = torch.zeros(rows, self.config.data.max_length, dtype=torch.int64)
             return (nothing_BS, nothing_BS), str(error)
 
-    def _forward_backward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Output:
-        tokens_BS, labels_BS = (t.to(self.engine.device, non_blocking=True) for t in batch)
-        output: Output = self.engine(tokens_BS, labels_BS)
+    def _forward_backward(self, batch: Batch) -> Output:
+        output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
         self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
         return output
 
     def _culprits(
         self,
         ruling: Ruling,
-        batches: list[tuple[torch.Tensor, torch.Tensor]],
+        batches: list[Batch],
         positions: list[int],
         losses: list[float],
         noise: dict[str, Any],
@@ -247,7 +252,7 @@ class Trainer:
                 f"the learning rate is cut to {ruling.factor:g} of its schedule, and back in {steps} good steps"
             )
 
-    def _dump(self, batches: list[tuple[torch.Tensor, torch.Tensor]], noise: dict[str, Any]) -> None:
+    def _dump(self, batches: list[Batch], noise: dict[str, Any]) -> None:
         """Keeps the batch for `ava-fast replay`, on every rank; a disk that refuses is no reason to end a run."""
         if self.judge.bad_steps > self.config.stability.dump_batches:
             return
@@ -284,7 +289,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         started_at = time.perf_counter()
-        self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size)
+        self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size, self._eos_id)
         self.evaluated_at = self.step
         seconds = time.perf_counter() - started_at
         if self._metrics:

@@ -151,7 +151,7 @@ class Batches:
 
         The first call reads the split up to there.
         """
-        found = set()
+        found: set[int] = set()
         for source, index in self.share(position):
             before = sum(earlier.total_documents for earlier in self.sources[:source])
             found.update(before + document for document in self.sources[source].documents(index))

@@ -183,10 +183,12 @@ def heldout_sequences(
     wanted = list(map(len, sources))
     if limit:
         wanted = Mixture([source.weight for source in sources_of(shards)]).before(limit)
-    chosen: list[tuple[Any, int]] = []
-    for source, count in zip(sources, wanted, strict=True):
-        count = min(len(source), count)
-        chosen += [(source, index) for index in np.arange(count) * len(source) // max(1, count)]
-    mine = np.array_split(np.arange(len(chosen)), world_size)[rank]
-    rows = [chosen[place][0].read([int(chosen[place][1])])[0] for place in mine]
+    chosen = [
+        (source, place * len(source) // count)
+        for source, count in zip(sources, map(min, wanted, map(len, sources)), strict=True)
+        for place in range(count)
+    ]
+    rows = [
+        chosen[place][0].read([chosen[place][1]])[0] for place in np.array_split(range(len(chosen)), world_size)[rank]
+    ]
     return np.array(rows, np.int64).reshape(-1, max_length + 1)

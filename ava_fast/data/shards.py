@@ -202,7 +202,9 @@ class TokenStream:
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self.eos_id = index.eos_id
         self._files = [Path(folder) / shard.file for shard in shards]
-        self._maps = [_map(file, shard.tokens * dtype.itemsize) for file, shard in zip(self._files, shards, strict=True)]
+        self._maps = [
+            _map(file, shard.tokens * dtype.itemsize) for file, shard in zip(self._files, shards, strict=True)
+        ]
         self.arrays: list[npt.NDArray[Any]] = [np.frombuffer(whole, dtype) for whole in self._maps]
         """One read-only view of each shard's file."""
         self._vocab_size = index.vocab_size

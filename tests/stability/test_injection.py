@@ -28,7 +28,7 @@ from ava_fast.trainer import Trainer, seed_generators
 
 CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 STOPPED = [(0, "fp32"), (3, "fp32")]
-POISONED, SEED = 11, 2  # which batch holds the poisoned document's one sequence, with this seed
+POISONED, SEED = 11, 52  # which batch holds the poisoned document's one sequence, with this seed
 BROKEN = "blocks.1.mlp.down"
 # Batch → what goes wrong in it, and on which rank. A batch is all that one optimizer step sees.
 FAULTS = {9: ("nan loss", 1), 13: ("inf gradient", 0), 15: ("explosion", 1)} | dict.fromkeys(
