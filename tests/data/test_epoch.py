@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,8 @@ def test_every_token_once_through_kills_and_other_numbers_of_ranks(tmp_path: Pat
     last = start(config, logs[2], 1)
     said, _ = last.communicate(timeout=TIMEOUT)
     assert last.returncode == 0, said
-    only_run(config)
+    log = (only_run(config) / "logs" / "training.log").read_text()
+    saved = [0, *map(int, re.findall(r"resuming after step (\d+) from", log))]
 
     read = [
         [[json.loads(line) for line in file.read_text().splitlines()] for file in tmp_path.glob(f"{log.name}.*")]
@@ -82,7 +84,8 @@ def test_every_token_once_through_kills_and_other_numbers_of_ranks(tmp_path: Pat
     ]
     assert [len(ranks) for ranks in read] == [1, 2, 1]
     starts = [ranks[0][0][0] for ranks in read]
-    assert 0 == starts[0] < starts[1] < starts[2] < sequences
+    assert starts == [BATCH * step for step in saved]
+    assert 0 < starts[1] < starts[2] < sequences
     seen: Counter[tuple[int, ...]] = Counter()
     for ranks, stop in zip(read, [*starts[1:], sequences], strict=True):
         # What a killed run did after its last checkpoint is undone with it.
