@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +25,9 @@ EOS = 65_535  # the largest uint16: signed arithmetic anywhere would show
 
 
 @contextmanager
-def shards(documents: list[list[int]], shard_tokens: int = 10) -> Iterator[Path]:
+def shards(
+    documents: list[list[int]], shard_tokens: int = 10, vocab_size: int = 65_536, eos_id: int = EOS
+) -> Iterator[Path]:
     """Both splits hold `documents`."""
     with tempfile.TemporaryDirectory() as parent:
         pieces = [Piece(document, len(document), True) for document in documents]
@@ -31,8 +36,8 @@ def shards(documents: list[list[int]], shard_tokens: int = 10) -> Iterator[Path]
             pieces,
             pieces,
             tokenizer_json=b"{}",
-            vocab_size=65_536,
-            eos_id=EOS,
+            vocab_size=vocab_size,
+            eos_id=eos_id,
             source="a test",
             skipped=[],
             shard_tokens=shard_tokens,
@@ -231,6 +236,124 @@ def test_documents_of_a_batch_are_those_whose_tokens_it_holds() -> None:
             expected = {n for _, index in loader.batches.share(position) for n in numbers[5 * index : 5 * index + 6]}
             assert loader.documents(position) == sorted(expected)
             loader.next_batch()
+
+
+def test_document_offsets_are_where_documents_and_rows_begin() -> None:
+    documents = [[number] * (number % 7) for number in range(30)]  # some empty: an end of text alone
+    with shards(documents) as folder:
+        loader = TokenLoader(folder, max_length=9, batch_size=4, seed=1, document_attention=True)
+        for _ in range(6):
+            tokens_BS, labels_BS, cu_seqlens = loader.next_batch()
+            assert cu_seqlens.dtype == torch.int32
+            flat = tokens_BS.flatten().tolist()
+            begins = [place for place in range(36) if place % 9 == 0 or flat[place - 1] == EOS]
+            assert cu_seqlens.tolist() == [*begins, 36]
+            assert torch.equal(tokens_BS[:, 1:], labels_BS[:, :-1])
+
+
+def test_reading_ahead_changes_no_batch_wherever_the_position_goes() -> None:
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        plain, ahead = (TokenLoader(folder, max_length=4, batch_size=4, seed=2, prefetch=depth) for depth in (0, 3))
+        for jump in (0, 0, 0, 8, 0, -4, 0, 12, 0, 0, -20, 0):
+            for loader in (plain, ahead):
+                loader.position += jump
+            before = ahead.position
+            assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+            assert ahead.position == plain.position == before + 4  # the consumer's, not the reader's
+        for loader in (plain, ahead):
+            loader.avoid = [(loader.position, loader.position + 6)]
+        assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+        assert ahead.state_dict() == plain.state_dict()
+        ahead.close()
+        assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+
+
+def test_the_reading_thread_ends_with_its_loader() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        closed, dropped = (TokenLoader(folder, max_length=4, batch_size=4, seed=2, prefetch=3) for _ in range(2))
+        for loader in (closed, dropped):
+            loader.next_batch()
+        (first, second) = threads()
+        closed.close()
+        assert threads() == [second]
+        del dropped, loader
+        second.join(60)
+        assert not first.is_alive()
+        assert not second.is_alive()
+
+
+def damage(folder: Path, kind: str) -> None:
+    """What happens to the shard that holds tokens 40 to 59, in bytes 0 to 39, while it is mapped."""
+    file = folder / "train" / "00002.bin"
+    match kind:
+        case "flipped":
+            with file.open("r+b") as opened:
+                opened.seek(14)
+                opened.write(np.array([60_000], "<u2").tobytes())
+        case "cut":
+            os.truncate(file, 20)
+        case "removed":
+            file.unlink()
+        case "replaced":
+            (folder / "new").write_bytes(b"")
+            (folder / "new").replace(file)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("flipped", r"00002\.bin holds token 60000 but the vocabulary has 1000 \(at byte 14\); the file is damaged"),
+        ("cut", r"00002\.bin has been cut to 20 of 40 bytes since this run opened it; prepare the data again"),
+        ("removed", None),
+        ("replaced", None),
+    ],
+)
+def test_a_file_that_changes_under_way_costs_the_batches_that_need_it_and_no_more(
+    kind: str, says: str | None, prefetch: int
+) -> None:
+    with shards([[number] * 9 for number in range(14)], shard_tokens=20, vocab_size=1000, eos_id=999) as folder:
+        arguments = {"max_length": 4, "batch_size": 1, "seed": 0, "prefetch": prefetch}
+        expected = [batch[0] for batch in global_batches(folder, 1, 34, max_length=4, batch_size=1, seed=0)]
+        loader = TokenLoader(folder, **arguments)  # type: ignore[arg-type]
+        damage(folder, kind)
+        needs = {"flipped": {11}, "cut": set(range(9, 15))}.get(kind, set())  # sequence i is tokens 4i to 4i + 4
+        failed = {}
+        for place in range(34):
+            (_, index), *_ = loader.batches.share(place)
+            try:
+                tokens_BS, labels_BS = loader.next_batch()
+                assert [[*tokens_BS[0].tolist(), int(labels_BS[0, -1])]] == [expected[place]]
+            except UserError as error:
+                failed[index] = str(error)
+            assert loader.position == place + 1
+        assert failed.keys() == needs
+        assert all(re.search(str(says), message) for message in failed.values())
+        loader.close()
+
+
+def test_a_place_is_found_at_once_wherever_it_is() -> None:
+    with shards([list(range(139))]) as folder:
+        first, far = (TokenLoader(folder, max_length=4, batch_size=2, seed=0) for _ in range(2))
+        epoch = first.sequences_per_epoch
+        far.load_state_dict({**first.state_dict(), "position": epoch * 10**12})
+        rows = [tuple(row) for _ in range(epoch // 2) for row in far.next_batch()[0].tolist()]
+        again = [tuple(row) for _ in range(epoch // 2) for row in first.next_batch()[0].tolist()]
+        assert len(set(rows)) == len(rows)
+        assert rows != again
+        assert far.epoch == 10**12 + len(rows) / epoch
+
+
+def test_a_position_of_a_release_with_another_order_is_refused() -> None:
+    with shards([list(range(60))]) as folder:
+        loader = TokenLoader(folder, max_length=4, batch_size=2, seed=3)
+        state = loader.state_dict()
+        del state["order_version"]
+        with pytest.raises(UserError, match="it counts in order 1, this release in order 2; go on with the release"):
+            loader.load_state_dict(state)
 
 
 def test_a_batch_that_cannot_be_read_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

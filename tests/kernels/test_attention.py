@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from ava_kernels import apply_rotary, rope_attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
@@ -103,3 +105,55 @@ def test_refuses_heads_that_do_not_fit_and_half_a_table():
             rope_attention(q, k, k)
     with pytest.raises(ValueError, match="cos and sin belong together"):
         rope_attention(q, q, q, cos=torch.zeros(2, 4))
+
+
+packings = st.lists(st.integers(0, 6), min_size=1, max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(packings, st.booleans(), st.booleans(), st.booleans())
+def test_packed_documents_are_each_document_alone(lengths, causal, rotated, own_positions):
+    generator, tokens = torch.Generator().manual_seed(len(lengths)), sum(lengths)
+    q, k, v = (torch.randn(tokens, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    upstream = torch.randn(tokens, 4, 8, dtype=torch.float64, generator=generator)
+    angles = torch.randn(20, 3, dtype=torch.float64, generator=generator)
+    tables = (angles.cos(), angles.sin()) if rotated else (None, None)
+    positions = torch.randint(0, 20, (tokens,), generator=generator) if own_positions and rotated else None
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def packed(q, k, v):
+        options = {"causal": causal, "cu_seqlens": cu_seqlens, "max_seqlen": 6, "position_ids": positions}
+        return rope_attention(q, k, v, *tables, **options)
+
+    def alone(q, k, v):
+        parts = [t.split(lengths) for t in (q, k, v)]
+        where = [None] * len(lengths) if positions is None else positions.split(lengths)
+        return torch.cat(
+            [
+                rope_attention(*(t[None] for t in own), *tables, causal=causal, position_ids=place)[0]
+                for *own, place in zip(*parts, where, strict=True)
+            ]
+        )
+
+    for got, expected in zip(
+        with_gradients(packed, tensors, upstream), with_gradients(alone, tensors, upstream), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_refuses_offsets_and_positions_that_do_not_fit():
+    q, cos = torch.zeros(5, 2, 4), torch.zeros(4, 2)
+
+    def refused(match, offsets, dtype=torch.int32, **options):
+        with pytest.raises(ValueError, match=match):
+            rope_attention(q, q, q, cu_seqlens=torch.tensor(offsets, dtype=dtype), **options)
+
+    refused("cu_seqlens must be int32 offsets that rise from 0, not torch.int64", [0, 5], torch.int64)
+    for offsets in ([0, 4, 3, 5], [1, 5], []):
+        refused("offsets that rise from 0", offsets)
+    refused("cu_seqlens end at 4, but there are 5 queries and 5 keys", [0, 4])
+    refused("max_seqlen is 2, but a document has 3 tokens", [0, 2, 5], max_seqlen=2)
+    refused("cos and sin have 4 rows, but a position is 4", [0, 5], cos=cos, sin=cos)
+    with pytest.raises(ValueError, match="position_ids need cos, sin and as many keys as queries; there are 5 and 5"):
+        rope_attention(q[None], q[None], q[None], position_ids=torch.arange(5))
