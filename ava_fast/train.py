@@ -25,7 +25,9 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.compatibility import model_differences, world_size_conflicts
 from ava_fast.config import Config, ConfigError, dump_config, load_config
+from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
+from ava_fast.data.shards import is_prepared
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Interrupted, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
@@ -91,11 +93,11 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
         trainer.run()
     except (TrainingError, Interrupted) as error:
         try:
-            finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
+            finish(trainer, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
         except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
             logger.warning(f"the report could not be written: {unwritten}")
         raise
-    finish(trainer, shards, "finished", started_at)
+    finish(trainer, "finished", started_at)
 
 
 def _on_rank_0(action: Callable[[], Result]) -> Result:
@@ -142,16 +144,23 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
     return finished_lines(run, config) if run else None
 
 
-def _prepare(config: Config) -> Path:
-    data = config.data
-    return prepare(
-        data.data_dir,
-        data.cache_dir,
-        vocab_size=config.model.vocab_size,
-        tokenizer_name=data.tokenizer_name,
-        validation_fraction=data.validation_fraction,
-        progress=config.logging.progress,
-    )
+def _prepare(config: Config) -> list[Source]:
+    data, prepared = config.data, []
+    tokenizer = data.tokenizer_name
+    for folder, weight in config.sources:
+        # Shards have a tokenizer already; whether it is the others' too is asked when they are opened.
+        has_one = data.tokenizer_name is None and folder is not None and is_prepared(folder)
+        shards = prepare(
+            folder,
+            data.cache_dir,
+            vocab_size=config.model.vocab_size,
+            tokenizer_name=None if has_one else tokenizer,
+            validation_fraction=data.validation_fraction,
+            progress=config.logging.progress,
+        )
+        prepared.append(Source(shards, weight))
+        tokenizer = tokenizer or str(shards)
+    return prepared
 
 
 def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
