@@ -13,6 +13,7 @@ B is sequences per rank, S is max_length, T = B·S.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,12 +150,14 @@ class Batches:
     def documents(self, position: int) -> list[int]:
         """Which documents this rank's share of the batch touches: counted from 0, from source to source.
 
-        The first call reads the split up to there.
+        The first call reads the split up to there. What cannot be counted, since a file before it has been cut short,
+        is left out: whoever asks has ranks that wait for it.
         """
         found: set[int] = set()
         for source, index in self.share(position):
             before = sum(earlier.total_documents for earlier in self.sources[:source])
-            found.update(before + document for document in self.sources[source].documents(index))
+            with contextlib.suppress(UserError):
+                found.update(before + document for document in self.sources[source].documents(index))
         return sorted(found)
 
     def _at(self, place: int) -> tuple[int, int]:
