@@ -20,7 +20,7 @@ from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer
 
 LENGTH, SHARD, SEQUENCES = 32, 4096, 640  # five shards, the second of 128 sequences and two pages of memory
-STEPS, BEFORE, BATCH, AHEAD = 30, 5, 4, 2
+STEPS, BEFORE, BATCH, AHEAD = 16, 3, 4, 2
 KINDS = ["flipped", "cut", "removed"]
 
 
