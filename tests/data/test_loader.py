@@ -268,6 +268,13 @@ def test_reading_ahead_changes_no_batch_wherever_the_position_goes() -> None:
         assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_batches_that_were_read_ahead_are_page_locked() -> None:
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        loader = TokenLoader(folder, max_length=4, batch_size=4, seed=2, document_attention=True, prefetch=2)
+        assert all(tensor.is_pinned() for _ in range(3) for tensor in loader.next_batch())
+
+
 def test_the_reading_thread_ends_with_its_loader() -> None:
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
