@@ -1,6 +1,7 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
 # make test    installs and runs everything that CI runs: lint, types, tests
-# make bench   times a training step, routing, gradient statistics, the loader and the start-up
+# make bench   times a training step, the experts, routing, gradient statistics, the loader and the start-up, beside their peers
+# make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One thread per rank: two ranks share the cores of a small machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench format clean
+BUDGET ?= 8
+
+.PHONY: demo test bench bench-gpu format clean
 
 demo: $(VENV)/.installed
 	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.is_available() else 2)') && \
@@ -26,7 +29,13 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
+
+# Air-gapped: with the Python that is there, and this code where it lies.
+bench-gpu:
+	@python=$(PYTHON); [ ! -x $(BIN)/python ] || python=$(BIN)/python; \
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $$python -m bench.gpu --budget $(BUDGET)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

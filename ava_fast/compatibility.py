@@ -46,6 +46,14 @@ def conflicts(config: Config) -> list[Fault]:
     stability = config.stability
     if stability.max_skips >= stability.window:
         refuse("stability.max_skips", stability.max_skips, f"below stability.window ({stability.window})")
+    if stability.gradient_surgery != "none":
+        given = stability.gradient_surgery
+        if config.deepspeed.zero_stage > 0:
+            zero = f"none, or deepspeed.zero_stage 0 (now {config.deepspeed.zero_stage}): it needs whole gradients"
+            refuse("stability.gradient_surgery", given, zero)
+        if training.gradient_accumulation_steps < 2:
+            losses = "none, or training.gradient_accumulation_steps of 2 or more: its losses are the micro-batches'"
+            refuse("stability.gradient_surgery", given, losses)
     return faults
 
 

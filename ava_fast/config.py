@@ -210,6 +210,10 @@ class StabilityConfig(Section):
     """Good steps over which the rate climbs back after a cut."""
     max_rollbacks: Count = 2
     """Times that a run may go back to its last good checkpoint before it stops instead."""
+    gradient_surgery: Literal["none", "pcgrad", "adaptive"] = "none"
+    """Where the gradients of a step's micro-batches pull against each other, project that away before adding them up:
+    PCGrad (Yu et al., 2020), or by targets that adapt (GradVac, Wang et al., 2021). Every micro-batch's gradient is
+    kept and averaged over ranks by itself, so it takes their number times the memory and the communication."""
     dump_batches: Count = 8
     """The run's first bad batches that are kept in `bad_batches/` of its folder, for `ava-fast replay`."""
 

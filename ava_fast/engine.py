@@ -26,14 +26,15 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from ava_kernels import GradStats, clip_, clip_coefficient, grad_stats
 from torch import Tensor, nn
 
 from ava_fast.config import Config
@@ -72,6 +73,8 @@ class StepResult:
 
     grad_norm: float
     """Global L2 norm of the averaged, accumulated gradient before clipping; inf or nan where it was not finite."""
+    nonfinite: int
+    """How many values of that gradient were NaN or infinite."""
     applied: bool
     """False: the gradient was not finite or not wanted, and weights, moments and step counts are as they were."""
 
@@ -82,6 +85,8 @@ class Engine:
     rank: int
     world_size: int
     device: torch.device
+    collectives: Literal["step", "backward", "forward"]
+    """Where ranks first wait for each other in a step: from there on, none may fail alone."""
     model: nn.Module
     """The module inside, for everything that has no backward pass: train(), eval(), evaluation, generation."""
 
@@ -94,6 +99,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self._config = config
         self._stage = config.deepspeed.zero_stage
+        self.collectives = ("step", "step", "backward", "forward")[self._stage]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Matrices first: the order of the optimizer's groups is the order in which `_master` finds the weights.
         self._groups = [[p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]]
@@ -107,17 +113,20 @@ class Engine:
             self._engine = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=_deepspeed_config(config, elements)
             )[0]
-        if self._stage == 0:
-            self._own_stage_0(trainable)
         self._decide: Callable[[float], float | None] | None = None  # while a step is under way
-        self._norm: float | None = None
+        self._decided, self._passes = False, 0
+        self._stats: GradStats | None = None
+        self._norm, self._nonfinite = math.nan, 0
         self._lr: float | None = None
         self._optimizer.register_step_pre_hook(self._before_adamw)
+        self._own_norm(trainable)
         if self._stage == 1 and config.training.precision == "bf16":
             # This pair has an optimizer class of its own, which forgets what DeepSpeed's consolidation asks for.
             state_dict = self._engine.optimizer.state_dict
             self._engine.optimizer.state_dict = lambda: {**state_dict(), "zero_stage": 1}
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # nccl knows no tensors on the host. Only the stages with `collectives` in backward alone have to ask.
+        self._hosts = dist.new_group(backend="gloo") if self._stage == 2 and dist.get_backend() == "nccl" else None
         self.device = torch.device(self._engine.device)
         self.model = model
 
@@ -128,6 +137,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Adds one micro-batch's gradient. `loss`: 0-d, already divided by the number of micro-batches."""
         self._engine.backward(loss)
+        self._passes += 1
 
     def step(self, decide: Callable[[float], float | None]) -> StepResult:
         """Averages the accumulated gradient over ranks, clips it and takes one AdamW step, or none.
@@ -136,15 +146,59 @@ class Engine:
         learning rate, or None to drop the gradient. It must decide the same on every rank. A gradient that is not
         finite is dropped whatever it says.
         """
-        self._decide, self._norm, self._lr = decide, None, None
+        self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
             self._engine.step()
-            if self._norm is None:  # DeepSpeed found it not finite and has not asked AdamW
-                self._norm = float(self._engine.get_global_grad_norm())
+            if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
                 decide(self._norm)
         finally:
             self._decide = None
-        return StepResult(self._norm, self._lr is not None and self._engine.was_step_applied())
+        return StepResult(self._norm, self._nonfinite, self._lr is not None and self._engine.was_step_applied())
+
+    def take_gradient(self) -> list[Tensor]:
+        """What `backward` has added on this rank since the last step, in fp32, parameter by parameter; nothing of it
+        stays. Stage 0 only: elsewhere no rank holds a whole gradient."""
+        assert self._stage == 0
+        parameters = [parameter for group in self._groups for parameter in group]
+        gradients = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return gradients
+
+    def set_gradient(self, gradients: list[Tensor]) -> None:
+        """Puts in its place what every rank has made, the same on all, of what `take_gradient` gave."""
+        for parameter, gradient in zip((p for group in self._groups for p in group), gradients, strict=True):
+            parameter.grad = gradient
+
+    def average(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Their mean over ranks. Collective."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.world_size).split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+    def discard(self) -> None:
+        """Forgets what `backward` has added since the last step. Every rank calls it.
+
+        In stages 0 and 1 the ranks need not have made the same passes, and one may have failed in the midst of one. In
+        2 and 3 they have, as these reduce gradients in `backward`.
+        """
+        if self._stage >= 2:
+            if self._passes:
+                self.step(lambda _: None)
+            return
+        self._passes, wrapper = 0, self._engine.optimizer
+        if hasattr(wrapper, "clear_hp_grads"):  # bf16 in stage 1, where fp32 gradients lie apart
+            wrapper.clear_hp_grads()
+            wrapper.clear_lp_grads(set_to_none=True)
+        else:
+            wrapper.zero_grad(set_to_none=True)
+
+    def all_agree(self, well: bool) -> bool:
+        """Whether it is well on every rank. Collective, between the hosts: the device is not waited for."""
+        flag = torch.tensor(float(not well))
+        dist.all_reduce(flag, group=self._hosts)
+        return not flag.item()
 
     @contextlib.contextmanager
     def nonfinite_gradients(self) -> Iterator[list[str]]:
@@ -260,37 +314,82 @@ class Engine:
             fused=True,
         )
 
-    def _own_stage_0(self, trainable: list[nn.Parameter]) -> None:
-        """Mends what DeepSpeed gets wrong without ZeRO.
+    def _own_norm(self, trainable: list[nn.Parameter]) -> None:
+        """Puts `_measure` in the place of DeepSpeed's own passes over the gradient, which read it three to five times.
 
-        fp32: a NaN reaches the weights and no norm is reported. bf16: gradients accumulate in bf16 and Adam's step
-        count starts at 1, one bias correction late. So gradients get fp32 buffers, Adam's state starts empty, and
-        `_before_adamw` measures and clips the averaged fp32 gradient of either precision.
+        Its optimizers find the norm, ask whether it is finite, and clip, each in its own way; here they are given what
+        `_measure` found, as 0 or NaN, and no clipping to do. Stage 0 needs more: with fp32 a NaN reaches the weights;
+        with bf16 gradients accumulate in bf16, Adam's step count starts at 1, one bias correction late, and the norm
+        cannot be replaced but with the whole step. So gradients get fp32 buffers and Adam's state starts empty.
         """
-        self._optimizer.state.clear()
-        for parameter in trainable:
-            parameter.grad_dtype = torch.float32
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            self._optimizer.state.clear()
+            for parameter in trainable:
+                parameter.grad_dtype = torch.float32
+            if self._config.training.precision == "bf16":
+                optimizer.step = functools.partial(self._step_stage_0_bf16, optimizer)
+        elif self._stage == 3:
+            optimizer._get_norm_groups = lambda: [self._measure(_averaged(optimizer))]
+            optimizer.unscale_and_clip_grads = lambda *_: None
+        elif self._config.training.precision == "bf16" and self._stage == 1:
+            # Every rank holds the whole gradient; it measures the share that it updates.
+            shares = optimizer.fp32_groups_gradient_flat_partition
+            optimizer.get_grads_for_norm = lambda: ([self._measure(shares)], {})
+        else:
+            optimizer.check_overflow = lambda **_: None
+            optimizer.scaled_global_norm = lambda: self._measure(_averaged(optimizer))
+
+    @torch.no_grad()
+    def _step_stage_0_bf16(self, wrapper: Any) -> None:
+        """What DeepSpeed's FP16_UnfusedOptimizer.step does, without its overflow check, its norm and its scaling."""
+        pairs = [
+            (master, parameter)
+            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            for master, parameter in zip(masters, parameters, strict=True)
+        ]
+        for master, parameter in pairs:
+            master.grad = parameter.grad
+        self._optimizer.step()
+        for master, parameter in pairs:
+            master.grad = None
+            parameter.copy_(master)
+
+    @torch.no_grad()
+    def _measure(self, gradients: list[Tensor]) -> Tensor:
+        """Takes the statistics of the averaged gradient: `gradients` are all of it in stage 0, elsewhere this rank's
+        share, of which padding is 0. One pass over them, one all-reduce of two numbers, one wait for the device.
+
+        Gives DeepSpeed all that it has to know: 0 where the norm is finite, else NaN.
+        """
+        stats = grad_stats(gradients)
+        found = torch.stack((stats.norm.double().square(), stats.nonfinite.double())).to(self.device)
+        if self._stage > 0:
+            dist.all_reduce(found)
+        norm = found[0].sqrt()
+        self._norm, nonfinite = torch.stack((norm, found[1])).tolist()
+        self._nonfinite = int(nonfinite)
+        self._stats = replace(stats, norm=norm)
+        return torch.tensor(0.0 if math.isfinite(self._norm) else math.nan, device=self.device)
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """The last word before an update. ZeRO calls AdamW once per group, after it has measured and clipped."""
+        """The last word before an update. ZeRO calls AdamW once per group, after it has asked for the norm."""
         if self._decide is None:  # DeepSpeed steps at rate 0 while it sets itself up
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._norm is None:
-            if self._stage > 0:
-                self._norm = float(self._engine.optimizer._global_grad_norm)
-            else:
-                self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not self._decided:
+            if self._stage == 0:
+                self._measure(gradients)
             lr = self._decide(self._norm)
-            self._lr = lr if math.isfinite(self._norm) else None
-            if self._stage == 0 and self._lr is not None and self._config.training.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(
-                    parameters, self._config.training.max_grad_norm, torch.tensor(self._norm, device=self.device)
-                )
+            self._lr, self._decided = lr if math.isfinite(self._norm) else None, True
         if self._lr is None:
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over a parameter without a gradient, moments and step count too
             return
+        if self._config.training.max_grad_norm > 0:
+            assert self._stats is not None
+            clip_(gradients, clip_coefficient(self._stats, self._config.training.max_grad_norm))
         for group in optimizer.param_groups:
             group["lr"] = self._lr
 
@@ -358,6 +457,11 @@ def _describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: holds no weights ({_DESCRIPTION} is missing); name a checkpoint's folder") from None
 
 
+def _averaged(zero: Any) -> list[Tensor]:
+    """This rank's share of the averaged gradient, which ZeRO keeps by parameter group."""
+    return [gradient for group in zero.averaged_gradients.values() for gradient in group]
+
+
 def _fp32_on_cpu(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to("cpu", copy=True)
     return tensor.float() if tensor.is_floating_point() else tensor
@@ -372,7 +476,7 @@ def _deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # only scales its sample counter
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # the reduction and the step happen in step(), however many backwards
-        "gradient_clipping": config.training.max_grad_norm if stage > 0 else 0.0,
+        "gradient_clipping": 0.0,  # _before_adamw clips
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # else it synchronises the device in every forward and step
         "communication_data_type": "fp32",

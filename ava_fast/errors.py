@@ -15,6 +15,14 @@ class TrainingError(RuntimeError):
     exit_code = 3
 
 
+class LostRank(TrainingError):
+    """A rank failed where the others could not agree with it to go on: every rank ends, each by itself."""
+
+    def __init__(self, message: str, *, resumable: bool):
+        super().__init__(message)
+        self.exit_code = Interrupted.exit_code if resumable else TrainingError.exit_code
+
+
 class Interrupted(Exception):
     """The run was asked to stop, finished its step and saved; `--resume latest` continues it."""
 

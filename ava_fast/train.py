@@ -29,7 +29,7 @@ from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import is_prepared
 from ava_fast.engine import close_distributed, init_distributed
-from ava_fast.errors import Interrupted, TrainingError, UserError
+from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
 from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
 from ava_fast.preflight import run_checks, table
@@ -175,6 +175,8 @@ def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
 
 def _leave(error: UserError | TrainingError | Interrupted) -> int:
     if _rank() != 0:
+        if isinstance(error, LostRank):  # rank 0 may wait for this one in a collective, until it is gone
+            return error.exit_code
         # torchrun ends the other ranks as soon as one has left: rank 0 speaks first.
         time.sleep(3)
         return error.exit_code

@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,8 +23,9 @@ from ava_fast.compatibility import model_differences
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
-from ava_fast.engine import Engine
-from ava_fast.errors import Interrupted, TrainingError, UserError
+from ava_fast.distributed.health import Watch
+from ava_fast.engine import Engine, StepResult
+from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
 from ava_fast.evaluate.heldout import heldout_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
@@ -32,7 +33,19 @@ from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.schedule.learning_rate import learning_rate
-from ava_fast.stability.judge import Judge, Ruling, Trouble, Verdict
+from ava_fast.stability import surgery
+from ava_fast.stability.failures import (
+    PAUSES,
+    RETRIED,
+    attempt,
+    in_a_line,
+    is_network,
+    is_out_of_memory,
+    may_pass,
+    more_room,
+    retried,
+)
+from ava_fast.stability.judge import FAILURES, Judge, Ruling, Trouble, Verdict
 from ava_fast.stability.replay import dump
 
 logger = logging.getLogger(__name__)
@@ -79,6 +92,17 @@ class Trainer:
         self.evaluated_at = self.saved_at = -1
         self.heldout = math.nan
         self._stop_signal = 0
+        # Of this rank, in the step under way: what went wrong, in words, and the position of its batch.
+        self._failures: list[tuple[Trouble, str, int]] = []
+        self._lost_step = False  # the step under way cannot be taken
+        routed = config.model.num_layers - config.model.num_dense_layers if config.moe.num_experts else 0
+        self._routed = (routed, config.moe.num_experts if routed else 1)  # MoE blocks and experts
+        N = training.gradient_accumulation_steps
+        self._targets = [[0.0] * N for _ in range(N)]  # of adaptive gradient surgery
+        self._gradients: list[list[torch.Tensor]] = []  # for it, of the micro-batches of the step under way
+        self._retries = 0  # since the last step, on this rank
+        self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
+        self._leaving = False
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
@@ -89,45 +113,54 @@ class Trainer:
         """Trains from the current step to `max_steps`, evaluates and saves at the end.
 
         Raises Interrupted after SIGTERM or SIGINT, with the finished steps saved, and TrainingError where training
-        cannot go on.
+        cannot go on: LostRank on every rank if one of them failed while others waited for it.
         """
+        with Watch() as watch, self._watched(), self._signals_noted():
+            try:
+                self._run()
+            except (TrainingError, Interrupted):
+                raise
+            except Exception as error:
+                self._leaving = True
+                logger.debug("this rank fails", exc_info=True)
+                raise self._lost(error, watch) from error
+
+    def _run(self) -> None:
         config = self.config
-        with self._watched(), self._signals_noted():
-            while self.step < config.training.max_steps:
-                ruling, interrupted = self._step()
-                if ruling.verdict is Verdict.STOP:
-                    raise self._stopped(ruling)
-                if ruling.verdict is Verdict.ROLL_BACK:
-                    self._roll_back()
-                elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
-                    self._evaluate()
-                if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
-                    self.save()
-                if interrupted:
-                    name = signal.Signals(interrupted).name
-                    raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
-            if self.evaluated_at != self.step:
+        while self.step < config.training.max_steps:
+            ruling, interrupted = self._step()
+            if ruling.verdict is Verdict.STOP:
+                raise self._stopped(ruling)
+            if ruling.verdict is Verdict.ROLL_BACK:
+                self._roll_back()
+            elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
                 self._evaluate()
-            if self.saved_at != self.step:
+            if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
                 self.save()
+            if interrupted:
+                name = signal.Signals(interrupted).name
+                raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
+        if self.evaluated_at != self.step:
+            self._evaluate()
+        if self.saved_at != self.step:
+            self.save()
 
     def _step(self) -> tuple[Ruling, int]:
         """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
         training, engine = self.config.training, self.engine
         started_at, noise = time.perf_counter(), _generator_states()
-        batches, positions, seen, errors = [], [], [], []
+        batches, positions, seen = [], [], []
+        self._failures, self._lost_step, self._gradients = [], False, []
+        sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batch, error = self._read()
-            batches.append(batch)
+            batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
-            output = self._forward_backward(batch)
-            seen.append(_figures(output))
-            if error:
-                errors.append(error)
-                seen[-1][0] = math.nan  # which every rank will learn
-        totals = self._over_ranks(torch.stack(seen).sum(0), output.requested.shape)
-        (loss, balance_loss, z_loss), routing, requested_LE, interrupted = totals
+            self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
+            seen.append(self._compute(batches[-1]))
+        totals = self._over_ranks(torch.stack(seen).sum(0))
+        self._stretch = None
+        (loss, balance_loss, z_loss), routing, requested_LE, failures, interrupted = totals
         lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
 
         def decide(grad_norm: float) -> float | None:
@@ -136,23 +169,30 @@ class Trainer:
             lr *= ruling.factor
             return lr if ruling.apply else None
 
-        result = engine.step(decide)
+        if failures:
+            engine.discard()
+            ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.saved_at >= 0, failures=failures)
+            result = StepResult(math.nan, 0, applied=False)
+        else:
+            targets = self._operate()
+            result = engine.step(decide)
         if ruling.trouble is not None:
             if self._trouble_from is None:
                 self._trouble_from = positions[0]
             own_losses = [figures[0].item() for figures in seen]
-            culprits = self._culprits(ruling, batches, positions, own_losses, noise, errors)
-            self._tell(ruling, loss, result.grad_norm, culprits)
+            culprits = self._culprits(ruling, batches, positions, own_losses, noise)
+            self._tell(ruling, loss, result, culprits)
             self._dump(batches, noise)
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
             _restore_generators(noise)  # the next batch is seen as if this one had never been
             return ruling, interrupted
+        self._targets = targets
         update_expert_biases(engine.model, requested_LE)
         self.step += 1
         seconds = time.perf_counter() - started_at
-        tokens_per_step = training.batch_size * self.config.data.max_length * training.gradient_accumulation_steps
+        tokens_per_step = sequences * self.config.data.max_length
         rate = tokens_per_step / seconds
         self._show(
             {
@@ -174,20 +214,82 @@ class Trainer:
         )
         return ruling, interrupted
 
-    def _read(self) -> tuple[Batch, str | None]:
-        """The next batch; or, where the data is damaged, one that takes its place, and what is wrong: the other ranks
-        are on their way into a collective, and this one must be there."""
+    def _read(self) -> Batch:
+        """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
+        a collective and this one must be there. They learn of it in `_over_ranks`."""
+        position = self.loader.position
+
+        def read() -> Batch:
+            self.loader.position = position
+            return self.loader.next_batch()
+
         try:
-            return self.loader.next_batch(), None
-        except UserError as error:
+            batch, retries = retried(read)
+            self._retries += retries
+            return batch
+        except (UserError, OSError) as error:
+            self._retries += len(PAUSES) if is_network(error) else 0
+            self._failed(Trouble.DATA, str(error))
             rows = self.config.training.batch_size // self.engine.world_size
             nothing_BS = torch.zeros(rows, self.config.data.max_length, dtype=torch.int64)
-            return (nothing_BS, nothing_BS), str(error)
+            return nothing_BS, nothing_BS
 
-    def _forward_backward(self, batch: Batch) -> Output:
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward → `_figures`.
+
+        An exception is noted for all ranks to learn, as long as none waits for this one in a collective; else it is
+        raised, and ends the run on every rank. Once it is known that the step is lost, nothing is computed.
+        """
+        engine, (L, E) = self.engine, self._routed
+        figures = torch.zeros(3 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
+        if self._lost_step:
+            return figures
+        try:
+            output = self._forward(batch)
+            if engine.collectives == "step":
+                self._backward(output)
+                if self.config.stability.gradient_surgery != "none":
+                    self._gradients.append(engine.take_gradient())
+        except Exception as error:
+            if engine.collectives == "forward":
+                raise
+            logger.debug("an exception in the model", exc_info=True)
+            self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
+            self._lost_step = True
+        if engine.collectives == "backward":
+            self._lost_step = not engine.all_agree(not self._lost_step)
+        if self._lost_step:
+            return figures
+        if engine.collectives != "step":
+            self._backward(output)
+        return _figures(output)
+
+    def _operate(self) -> surgery.Matrix:
+        """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
+
+        The order of the losses depends on the seed and the step alone, so every rank does the same.
+        """
+        targets, kind = [list(row) for row in self._targets], self.config.stability.gradient_surgery
+        if kind == "none":
+            return targets
+        losses = [self.engine.average(gradients) for gradients in self._gradients]
+        products, order = surgery.gram(losses), random.Random(f"{self.config.training.seed} {self.step}")
+        if kind == "adaptive":
+            weights = surgery.adaptive(products, targets, order)
+        else:
+            weights = surgery.pcgrad(products, order)
+        self.engine.set_gradient(surgery.combine(losses, weights))
+        return targets
+
+    def _failed(self, trouble: Trouble, line: str) -> None:
+        self._failures.append((trouble, line, self.loader.position - self.config.training.batch_size))
+
+    def _forward(self, batch: Batch) -> Output:
         output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
-        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
         return output
+
+    def _backward(self, output: Output) -> None:
+        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
 
     def _culprits(
         self,
@@ -196,34 +298,37 @@ class Trainer:
         positions: list[int],
         losses: list[float],
         noise: dict[str, Any],
-        errors: list[str],
     ) -> list[dict[str, Any]]:
         """What each rank knows of a bad step: the documents that it saw, its loss, and, if only the gradient is not
         finite, the parameters in which it is not, found by computing the step once more. Collective.
 
-        Where the loss is not finite on some ranks, or a gradient, only those are listed.
+        Where the loss is not finite on some ranks, or a gradient, or something failed, only those are listed.
         """
         names: list[str] = []
         if ruling.trouble is Trouble.GRADIENT:
             _restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
                 for batch in batches:
-                    self._forward_backward(batch)
+                    self._backward(self._forward(batch))
             self.engine.step(lambda _: None)
         bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
+        bad += [position for _, _, position in self._failures]
+        failed = ruling.trouble in FAILURES
         documents = {document for position in bad or positions for document in self.loader.documents(position)}
         own = {
             "rank": self.engine.rank,
-            "loss": _number(sum(losses) / len(losses)),
+            "loss": None if failed else _number(sum(losses) / len(losses)),
             "parameters": names,
             "documents": sorted(documents),
-            **({"errors": errors} if errors else {}),
+            **({"errors": [line for _, line, _ in self._failures]} if self._failures else {}),
         }
         everyone: list[dict[str, Any]] = [{}] * self.engine.world_size
         dist.all_gather_object(everyone, own)
+        if failed:
+            return [each for each in everyone if "errors" in each]
         return [each for each in everyone if each["loss"] is None or each["parameters"]] or everyone
 
-    def _tell(self, ruling: Ruling, loss: float, grad_norm: float, culprits: list[dict[str, Any]]) -> None:
+    def _tell(self, ruling: Ruling, loss: float, result: StepResult, culprits: list[dict[str, Any]]) -> None:
         """Into metrics.jsonl and errors.log."""
         assert ruling.trouble is not None
         if self._metrics:
@@ -236,7 +341,8 @@ class Trainer:
                     "reason": ruling.reason,
                     "applied": ruling.apply,
                     "loss": _number(loss),
-                    "grad_norm": _number(grad_norm),
+                    "grad_norm": _number(result.grad_norm),
+                    "nonfinite_gradients": result.nonfinite,
                     "learning_rate_factor": ruling.factor,
                     "position": self.loader.position,
                     "culprits": culprits,
@@ -257,7 +363,7 @@ class Trainer:
         if self.judge.bad_steps > self.config.stability.dump_batches:
             return
         folder = self.run_folder / "bad_batches" / f"step_{self.step}_at_{self.loader.position}"
-        error = _attempt(lambda: dump(folder, self.engine.rank, batches, noise["torch"]))
+        error = attempt(lambda: dump(folder, self.engine.rank, batches, noise["torch"]))
         if error:
             logger.warning(f"{folder}: the batch could not be written ({error})")
 
@@ -276,9 +382,12 @@ class Trainer:
         self.load(checkpoint)
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
-        error = _attempt(lambda: store.rewind(checkpoint)) if self.engine.rank == 0 else None
+        error = None
+        if self.engine.rank == 0:
+            error = attempt(lambda: store.avoid(self.checkpoints, stretch))
+            error = error or attempt(lambda: store.rewind(checkpoint))
         if failure := self._failed_anywhere(error):
-            raise TrainingError(f"{checkpoint}: rolled back to it, but its successors cannot be removed ({failure})")
+            raise TrainingError(f"{checkpoint}: rolled back to it, but its folder cannot be written to ({failure})")
         if self._metrics:
             self._unwatch()
             self._watch()
@@ -299,16 +408,32 @@ class Trainer:
     def save(self, *, emergency: bool = False) -> None:
         """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.
 
-        `emergency`: not one to roll back to while there is another. Raises TrainingError if it could not be written;
-        nothing half-written stays.
+        `emergency`: not one to roll back to while there is another. What the network may have done is tried again.
+        Raises TrainingError if it could not be written; nothing half-written stays.
         """
-        started_at, calm = time.perf_counter(), self.judge.calm and not emergency
+        started_at = time.perf_counter()
         folder = self.checkpoints / f"step_{self.step}.tmp"
+        for pause in (*PAUSES, None):
+            failure = self._save(folder, calm=self.judge.calm and not emergency)
+            if failure is None:
+                break
+            if pause is None or not may_pass(failure):
+                raise TrainingError(
+                    f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
+                )
+            self._retries += self.engine.rank == 0
+            logger.warning(f"{folder}: {failure}; tried again in {pause:g} s")
+            time.sleep(pause)
+        self.saved_at = self.step
+        logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
+
+    def _save(self, folder: Path, *, calm: bool) -> str | None:
+        """→ why it could not be written, the same on every rank."""
         error = None
         if self.engine.rank == 0:
-            error = _attempt(lambda: store.open_folder(self.checkpoints, self.step))
+            error = attempt(lambda: store.open_folder(self.checkpoints, self.step))
         if not self._failed_anywhere(error):
-            error = _attempt(lambda: self._write(folder))
+            error = attempt(lambda: self._write(folder))
         if not self._failed_anywhere(error) and self.engine.rank == 0:
             contents = {
                 "step": self.step,
@@ -319,20 +444,16 @@ class Trainer:
                     "calm": calm,
                     "judge": self.judge.state_dict(),
                     "trouble_from": self._trouble_from,
+                    "targets": self._targets,
                 },
                 "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
                 "heldout_step": self.evaluated_at,
             }
-            error = _attempt(lambda: store.commit(folder, contents, self.config.checkpoint.save_total_limit))
+            error = attempt(lambda: store.commit(folder, contents, self.config.checkpoint.save_total_limit))
         failure = self._failed_anywhere(error)
-        if failure:
-            if self.engine.rank == 0:
-                store.discard(folder)
-            raise TrainingError(
-                f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
-            )
-        self.saved_at = self.step
-        logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
+        if failure and self.engine.rank == 0:
+            store.discard(folder)
+        return failure
 
     def _write(self, folder: Path) -> None:
         self.engine.save(folder / "engine")
@@ -351,38 +472,58 @@ class Trainer:
         if differences:
             raise UserError(f"{checkpoint}: is of another model: {'; '.join(differences)}; resume with its settings")
         self.loader.load_state_dict(manifest["data"])
+        self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
         self.engine.load(checkpoint / "engine", optimizer=optimizer)
         generators = checkpoint / f"rank_{self.engine.rank}.pt"
         if generators.is_file():  # a larger world has ranks that were never saved
             _restore_generators(torch.load(generators, weights_only=False))
         self.judge.load_state_dict(manifest["stability"]["judge"])
         self._trouble_from = manifest["stability"]["trouble_from"]
+        targets = manifest["stability"].get("targets", [])
+        if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
+            self._targets = targets
         self.step = self.saved_at = manifest["step"]
         self.evaluated_at = manifest["heldout_step"]
         if manifest["heldout_loss"] is not None:
             self.heldout = manifest["heldout_loss"]
 
     def _over_ranks(
-        self, figures: torch.Tensor, shape: torch.Size
-    ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, int]:
+        self, figures: torch.Tensor
+    ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, dict[Trouble, int], int]:
         """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
-        over micro-batches and ranks, the requests (L, E) of all of them, and the signal that asks to stop (or 0).
+        over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what failed, and the signal
+        that asks to stop (or 0).
 
         One all-reduce, and one wait for the device.
         """
-        signal_number, (L, E) = self._stop_signal, shape
-        shared = torch.cat((figures, figures.new_full((1,), signal_number)))
+        signal_number, (L, E) = self._stop_signal, self._routed
+        own = {trouble for trouble, _, _ in self._failures}
+        health = [signal_number, self._retries, *(trouble in own for trouble in FAILURES)]
+        shared = torch.cat((figures, figures.new_tensor(health)))
         dist.all_reduce(shared)
-        sums, requested, signals_1 = shared.split((3 + 4 * L, L * E, 1))
+        sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
-        *means, signals = torch.cat((sums / passes, utilisation_L, signals_1)).tolist()
+        means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
+        signals, retries, *failed = means[-len(health) :]
+        self._count_retries(int(retries))
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
+        failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
         by_block = (means[3 + i * L : 3 + (i + 1) * L] for i in range(len(names)))
         routing = {name: [round(value, 6) for value in values] for name, values in zip(names, by_block, strict=True)}
         # Any rank's signal stops all of them after the same step.
-        return means[:3], routing, requested_LE, signal_number or (signal.SIGTERM if signals else 0)
+        interrupted = signal_number or (signal.SIGTERM if signals else 0)
+        return means[:3], routing, requested_LE, failures, interrupted
+
+    def _count_retries(self, retries: int) -> None:
+        """What all ranks together tried again since the last step."""
+        self._retries = 0
+        if retries:
+            self.judge.counts[RETRIED] += retries
+            if self._metrics:
+                self._metrics.write({"kind": "retry", "step": self.step, "retries": retries})
+            logger.warning(f"after step {self.step}: {retries} × {RETRIED}")
 
     def _failed_anywhere(self, error: str | None) -> str | None:
         """This rank's error, or another's, on every rank."""
@@ -400,12 +541,40 @@ class Trainer:
             saved = f"no emergency checkpoint: {error}"
         training, stability = self.config.training, self.config.stability
         counts = ", ".join(f"{self.judge.counts[t.value]} × {t.value}" for t in Trouble if self.judge.counts[t.value])
+        said = f"stopped after step {self.step}: {ruling.reason}. In this run: {counts}. {saved}. "
+        if ruling.trouble is Trouble.MEMORY:
+            return TrainingError(f"{said}{more_room(self.config)}, then --resume latest")
         return TrainingError(
-            f"stopped after step {self.step}: {ruling.reason}. In this run: {counts}. {saved}. Try a lower "
-            f"training.learning_rate (now {training.learning_rate:g}), more training.warmup_steps, a lower "
-            f"training.max_grad_norm (now {training.max_grad_norm:g}) or other data, then --resume latest; if the "
-            "steps were healthy, a higher stability.deviations or stability.max_norm, or more stability.max_skips "
+            f"{said}Try a lower training.learning_rate (now {training.learning_rate:g}), more training.warmup_steps, "
+            f"a lower training.max_grad_norm (now {training.max_grad_norm:g}) or other data, then --resume latest; if "
+            "the steps were healthy, a higher stability.deviations or stability.max_norm, or more stability.max_skips "
             f"(now {stability.max_skips}). docs/when-training-misbehaves.md says more"
+        )
+
+    def _lost(self, error: Exception, watch: Watch) -> Exception:
+        """What to raise where this rank cannot go on and has not agreed on it with the others. They are told, or have
+        told it; rank 0 notes the batch that an exception in the model came from, so that a resumed run passes it."""
+        network, stretch = is_network(error), self._stretch
+        note = watch.note(3.0 if network else 0.0)
+        if note is None:
+            reason = in_a_line(error)
+            if network:
+                reason = f"a collective failed, as another rank has died or cannot be reached ({reason})"
+            memory = is_out_of_memory(error)
+            watch.tell(reason, at_fault=stretch is not None and not network and not memory)
+            note = watch.note()
+            if isinstance(error, OSError) and not network:
+                return error
+        else:
+            network = False
+        assert note is not None
+        if note.at_fault and stretch is not None and self.engine.rank == 0:
+            attempt(lambda: store.avoid(self.checkpoints, stretch))
+        advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
+        return LostRank(
+            f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self._safe()}. "
+            f"{advice} --resume latest",
+            resumable=network,
         )
 
     def _safe(self) -> str:
@@ -454,7 +623,8 @@ class Trainer:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                # torchrun asks the other ranks to end as soon as one has: this one is about to, and says why first.
+                signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
 def seed_generators(seed: int) -> None:
@@ -523,12 +693,3 @@ def _last_good(checkpoints: Path) -> Path | str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Runs it; a failure to write comes back as a line, so that the ranks can agree on it."""
-    try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        return " ".join(str(error).split())
-    return None

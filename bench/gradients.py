@@ -81,7 +81,7 @@ def main() -> None:
     elements, count = options.elements or elements, options.tensors or count
     torch.manual_seed(0)
     tensors = make_tensors(elements, count, dtype, device)
-    _check(tensors)
+    check(tensors)
     result = {"elements": elements, "tensors": count, "dtype": str(dtype), "runs": options.runs}
     result |= _measure(tensors, device, options.runs)
     for name, figures in result["contenders"].items():
@@ -128,18 +128,12 @@ def _measure(tensors: list[Tensor], device: str, runs: int) -> dict[str, Any]:
     return result
 
 
-def _capture(action: Callable[[], object]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        action()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        action()
-    return graph.replay
+def _capture(action: Callable[[], Any]) -> Callable[[], None]:
+    machine.on_side_stream(action)
+    return machine.capture(action)[0].replay
 
 
-def _check(tensors: list[Tensor]) -> None:
+def check(tensors: list[Tensor]) -> None:
     """On this device: our results are the reference's, twice the same, also from a CUDA graph and after a NaN."""
     few = [t[:100_001] for t in tensors[:50]] + [tensors[0][1:200], tensors[0].float()[:70_000]]
     for spoilt in (None, float("nan"), float("-inf"), 1e30):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def describe() -> dict[str, Any]:
@@ -46,19 +47,39 @@ def _module() -> str:
     return spec.name if spec else sys.argv[0]
 
 
-def timed(action: Callable[[], object], device: str) -> float:
-    """Seconds that one call takes; on a GPU, by its own clock."""
+def timed(action: Callable[[], object], device: str, before: Callable[[], object] | None = None) -> float:
+    """Seconds that one call takes; on a GPU, by its own clock, after `before`: work that lets the host get ahead."""
     if device == "cpu":
         started_at = time.perf_counter()
         action()
         return time.perf_counter() - started_at
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if before:
+        before()
     start.record()
     action()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def capture(action: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of an action that has run before, and what the action returned. Fails if it waits for the device."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = action()
+    return graph, result
+
+
+def on_side_stream(action: Callable[[], object]) -> None:
+    """Once, away from the stream that everything else runs on: what must come before a capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        action()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -74,7 +95,7 @@ def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**describe(), **result}, indent=1) + "\n")
     return path

@@ -27,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
+from ava_kernels.attention import kernels as attention_kernels
 from ava_kernels.experts import kernels as experts
 from ava_kernels.experts import row_kernels, tiles
 from ava_kernels.routing import kernels as routing
@@ -128,6 +129,42 @@ def moe_mlp(
     return run
 
 
+def attention(
+    B: int,
+    S: int,
+    H_q: int,
+    H_kv: int,
+    D: int,
+    dtype: torch.dtype = torch.bfloat16,
+    turned: int | None = None,
+    packed: bool = False,
+    **options: Any,
+) -> Callable[[], None]:
+    """A forward and backward pass of attention over `turned` elements of each head (default: all); `options` are those
+    of the kernels' `Shape`. `packed`: B documents of S tokens, one behind the other."""
+
+    def run() -> None:
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        rows = (1, B * S) if packed else (B, S)
+        q, k, v = empty(*rows, H_q, D), empty(*rows, H_kv, D), empty(*rows, H_kv, D)
+        pairs = (D if turned is None else turned) // 2
+        cos, sin = (empty(S, pairs, dtype=torch.float32) if pairs else None for _ in range(2))
+        cu = empty(B + 1, dtype=torch.int32) if packed else None
+        position = empty(*rows, dtype=torch.int32) if packed else None
+        shape = attention_kernels.Shape(
+            **{"scale": D**-0.5, "left": -1, "right": 0, "softcap": 0.0, "interleaved": False, "max_q": S, "max_k": S}
+            | options
+        )
+        table = cos, sin, position, cu, cu
+        out, lse, turned_q, turned_k = attention_kernels.forward(q, k, v, *table, shape, True)
+        kept = (turned_q, turned_k) if pairs else (q, k)
+        attention_kernels.backward(out, None, *kept, v, out, lse, *table, shape)
+
+    return run
+
+
 CASES = {
     **{f"route {E}/8": route(32768, E, 8) for E in (64, 128, 256)},
     **{f"route {E}/8, capacity": route(32768, E, 8, capacity=32768 * 8 // E, max_reroutes=E) for E in (64, 128, 256)},
@@ -146,6 +183,19 @@ CASES = {
     "moe_mlp, relu2": moe_mlp(32768, 2048, 1024, 64, 8, activation="relu2"),
     "moe_mlp, odd sizes": moe_mlp(1000, 1000, 504, 8, 2),
     "moe_mlp, unaligned sizes": moe_mlp(1000, 1001, 505, 8, 2),
+    **{
+        f"attention {D}, {mask}, {H_q}/{H_kv}": attention(4, 4096, H_q, H_kv, D, right=right)
+        for D in (64, 128)
+        for mask, right in (("causal", 0), ("full", -1))
+        for H_q, H_kv in ((16, 16), (64, 8))
+    },
+    "attention 128, packed": attention(4, 4096, 16, 16, 128, packed=True),
+    "attention 128, window, softcap": attention(4, 4096, 16, 16, 128, left=1024, softcap=50.0),
+    "attention 128, interleaved": attention(4, 4096, 16, 16, 128, interleaved=True),
+    "attention 96, part turned": attention(4, 4096, 16, 16, 96, turned=32),
+    "attention 32": attention(4, 4096, 16, 16, 32),
+    "attention 256, fp16": attention(4, 4096, 16, 16, 256, torch.float16),
+    "attention 64, fp32": attention(4, 1024, 16, 16, 64, torch.float32),
     "moe_mlp, fp32": moe_mlp(4096, 1024, 512, 8, 2, torch.float32),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ Every assertion's message says what ava-fast would get wrong if DeepSpeed differ
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ava_fast.config import Config
 from ava_fast.engine import Engine, init_distributed, read_weights
 
 CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 WORLD_SIZE = 2
+# What a norm or a search for NaN is made of.
+READS = {"linalg_vector_norm", "norm", "amax", "amin", "max", "isfinite", "isinf", "isnan", "abs", "eq", "ne", "pow"}
+READS |= {"sum", "any", "mul", "_foreach_norm", "_foreach_mul_"}
 
 
 class Block(nn.Module):
@@ -65,6 +71,85 @@ def micro_step(engine: Engine, factor: float = 1.0) -> None:
 
 def at(lr: float | None) -> Callable[[float], float | None]:
     return lambda grad_norm: lr
+
+
+class Odd(nn.Module):
+    """Tied weights, a leaf module, and sizes that no number of ranks divides: every stage has to pad or split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 5)
+        self.gain = nn.Parameter(torch.ones(5))
+        self.block = Block()
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.out = nn.Linear(7, 3)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        x_TM = self.embed(tokens_T) * self.gain
+        y_TM = self.block(nn.functional.pad(x_TM, (0, 1)), 0)[:, :5]
+        return self.out(self.head(y_TM)).float().square().sum()
+
+
+class Passes(TorchDispatchMode):
+    """Counts operators on whole tensors by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(tensor.numel() > 2 for tensor in tensors):
+            self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def deepspeeds_norm(engine: Engine) -> float:
+    """What the code of DeepSpeed that the engine goes around would have said, at the place where it is asked."""
+    from deepspeed.runtime import utils
+
+    zero, optimizer = engine._engine.optimizer, engine._optimizer
+    if engine._stage == 0:  # without bf16, DeepSpeed has none
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        return float(utils.get_global_norm(norm_list=[utils.get_weight_norm(gradients)]))
+    kind = type(zero)
+    if engine._stage == 3:
+        return float(utils.combine_grad_norm_groups(kind._get_norm_groups(zero)))
+    if hasattr(kind, "get_grads_for_norm"):
+        return float(utils.get_global_norm_of_tensors(kind.get_grads_for_norm(zero)[0]))
+    return float(kind.scaled_global_norm(zero))
+
+
+def measure() -> dict[Any, dict[str, Any]]:
+    """Runs on every rank: the norm of a step beside DeepSpeed's, and what reads the gradient on its way to AdamW."""
+    init_distributed(make_config(0, "fp32"))
+    seen: dict[Any, dict[str, Any]] = {}
+    for stage, precision in CASES:
+        engine = Engine(Odd(), make_config(stage, precision, max_grad_norm=0.01))
+        case: dict[str, Any] = {"measure": engine._measure}
+
+        def beside(gradients: list[Tensor], engine: Engine = engine, case: dict[str, Any] = case) -> Tensor:
+            case["deepspeed"] = deepspeeds_norm(engine)
+            return case["measure"](gradients)
+
+        tokens_T = torch.tensor([1, 3, 3]) + engine.rank
+        engine.backward(engine(tokens_T))
+        passes = Passes()
+        with passes:
+            engine.step(at(0.0))
+        case["passes"] = passes.count
+        engine._measure = beside  # type: ignore[method-assign]
+        for _ in range(2):
+            engine.backward(engine(tokens_T))
+        case["own"] = engine.step(at(0.0))
+        engine._measure = case.pop("measure")  # type: ignore[method-assign]
+        engine.backward(engine(tokens_T) * 1e25)
+        case["huge"] = engine.step(at(0.0))
+        seen[stage, precision] = case
+    engine.close()
+    return seen
 
 
 # With one backward, rank 0's gradient is 1 for expert 0 and the gain, rank 1's is 2 for expert 1 and the gain; the
@@ -200,9 +285,27 @@ def test_norm_is_taken_before_clipping(case: tuple[int, str, dict[str, Any]]) ->
     assert seen["norm_in_adam"] == pytest.approx(0.01, rel=1e-4), "what AdamW got was not clipped to max_grad_norm"
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_gradient_is_read_once_and_its_norm_is_deepspeeds(world_size: int) -> None:
+    for by_rank in run_on_ranks(measure, world_size):
+        for case, seen in by_rank.items():
+            assert seen["own"].applied
+            assert seen["own"].grad_norm == pytest.approx(seen["deepspeed"], rel=5e-7), (
+                f"{case}: a tied, padded or split parameter is counted twice or not at all"
+            )
+            passes = seen["passes"]
+            assert passes["grad_stats"] == 1, f"{case}: {passes}"
+            assert not passes.keys() & READS, f"{case}: DeepSpeed passes over the gradient again: {passes}"
+            assert passes["mul_"] + passes["div_"] <= 1, f"{case}: DeepSpeed scales more than the average: {passes}"
+            assert passes["clip_"] == (1 if case[0] == 0 or case == (1, "bf16") else 2), f"{case}: once per group"
+            assert seen["huge"].applied, f"{case}: a finite norm above the root of the largest float32 was called inf"
+            assert 1e25 < seen["huge"].grad_norm < 1e28
+
+
 def test_a_nan_on_one_rank_skips_the_step(case: tuple[int, str, dict[str, Any]]) -> None:
     stage, _, seen = case
     assert not seen["nan"].applied, "a step on a NaN gradient was called applied"
+    assert seen["nan"].nonfinite > 0
     assert not math.isfinite(seen["nan"].grad_norm), "a NaN gradient was given a finite norm"
     assert seen["states_after_nan"] == seen["states_before_nan"], "AdamW counted the skipped step"
     for name, before in seen["masters_after_rate_025"].items():

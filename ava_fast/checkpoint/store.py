@@ -6,6 +6,7 @@ checkpoints/step_100/         afterwards, by one rename
     engine/                   weights and optimizer state (Engine.save)
     rank_0.pt …               each rank's random number generators
 checkpoints/latest            the name of the newest
+checkpoints/avoid.json        stretches of the data that no run from these checkpoints sees again, if there are any
 """
 
 from __future__ import annotations
@@ -81,6 +82,22 @@ def rewind(checkpoint: Path) -> None:
     found = list_checkpoints(checkpoints)
     for newer in found[found.index(checkpoint) + 1 :]:
         shutil.rmtree(newer)
+
+
+def avoid(checkpoints: Path, stretch: tuple[int, int]) -> None:
+    """Adds a stretch of positions [start, stop) of the data to those that a resumed run passes over."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    stretches = [*avoided(checkpoints), stretch]
+    write_synced(checkpoints / "avoid.tmp", json.dumps(stretches).encode())
+    os.replace(checkpoints / "avoid.tmp", checkpoints / "avoid.json")
+
+
+def avoided(checkpoints: Path) -> list[tuple[int, int]]:
+    """What `avoid` has added."""
+    try:
+        return [(start, stop) for start, stop in json.loads((checkpoints / "avoid.json").read_text())]
+    except FileNotFoundError:
+        return []
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -43,6 +43,8 @@ def _markdown(
     rows = _rows(steps, evaluations, summary)
     if verdicts:
         rows.append(("bad steps", ", ".join(f"{count} × {name}" for name, count in verdicts[-1]["counts"].items())))
+    if retries := sum(record["retries"] for record in records if record["kind"] == "retry"):
+        rows.append(("network errors, tried again", f"{retries:,}"))
     for name, value in rows:
         lines.append(f"| {name} | {value} |")
     if steps and "routing" in steps[-1]:

@@ -1,10 +1,10 @@
 """What becomes of a step: one verdict from its loss and gradient norm, the same on every rank.
 
-A step is bad if its loss or its gradient norm is not finite, if the norm is above `max_norm`, or if the norm or the
-loss lies far above those of the last healthy steps: more than `deviations` robust standard deviations (1.4826 · the
-median absolute deviation) above their median, once the window is full. The deviation counts as at least a tenth of a
-median norm and at least 0.02 nats or a fiftieth of a median loss, so a norm must be 1 + deviations / 10 times the
-median, whatever the calm before. Bad values never enter a window.
+A step is bad if a rank failed over it, if its loss or its gradient norm is not finite, if the norm is above `max_norm`,
+or if the norm or the loss lies far above those of the last healthy steps: more than `deviations` robust standard
+deviations (1.4826 · the median absolute deviation) above their median, once the window is full. The deviation counts as
+at least a tenth of a median norm and at least 0.02 nats or a fiftieth of a median loss, so a norm must be 1 +
+deviations / 10 times the median, whatever the calm before. Bad values never enter a window.
 
 | this step | bad steps among the last `window` | verdict | the batch | the rate |
 |---|---|---|---|---|
@@ -13,6 +13,7 @@ median, whatever the calm before. Bad values never enter a window.
 | bad | more, rate whole | CUT | if finite: clipped and applied; else as SKIP | · `emergency_factor` |
 | bad | more, rate reduced, a roll-back left | ROLL_BACK | skipped, with all since trouble began | reduced anew |
 | bad | more, rate reduced, no roll-back left | STOP | as SKIP | |
+| out of memory | any | STOP | as SKIP | |
 
 CUT, ROLL_BACK and STOP start the count of bad steps anew and empty the windows: what is usual is learned again, so a
 norm that has risen for good is accepted, at a reduced rate. After a cut the rate climbs back linearly over
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from statistics import median
@@ -55,10 +56,17 @@ class Verdict(str, Enum):
 class Trouble(str, Enum):
     """What was wrong with a bad step; the first that holds."""
 
+    MEMORY = "out of memory"
+    EXCEPTION = "exception in the model"
+    DATA = "batch not readable"
     LOSS = "loss not finite"
     GRADIENT = "gradient not finite"
     EXPLOSION = "gradient explosion"
     SPIKE = "loss spike"
+
+
+FAILURES = (Trouble.MEMORY, Trouble.EXCEPTION, Trouble.DATA)
+"""What leaves no numbers to judge."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +111,21 @@ class Judge:
         """Bad steps since the run began."""
         return sum(self.counts[trouble.value] for trouble in Trouble)
 
-    def rule(self, loss: float, grad_norm: float, *, can_roll_back: bool) -> Ruling:
+    def rule(
+        self, loss: float, grad_norm: float, *, can_roll_back: bool, failures: Mapping[Trouble, int] = {}
+    ) -> Ruling:
         """The verdict on a step whose loss and norm (before clipping) all ranks agree on.
 
-        `can_roll_back`: there is a checkpoint. For a finite loss of which no gradient was taken, pass a NaN norm.
+        `can_roll_back`: there is a checkpoint. `failures`: on how many ranks which of FAILURES came instead of numbers.
+        For a finite loss of which no gradient was taken, pass a NaN norm.
         """
-        found = self._trouble(loss, grad_norm)
+        found = _failure(failures) or self._trouble(loss, grad_norm)
         self._recent.append(found is not None)
         if found is None:
             return self._good(loss, grad_norm)
         trouble, reason = found
         bad = sum(self._recent)
-        verdict = self._verdict(bad, can_roll_back)
+        verdict = Verdict.STOP if trouble is Trouble.MEMORY else self._verdict(bad, can_roll_back)
         reason = f"{reason} ({bad} bad of the last {len(self._recent)} steps)"
         if verdict is not Verdict.SKIP:
             self._start_anew(verdict)
@@ -195,6 +206,13 @@ class Judge:
             window.extend(state[name])
         self._cut, self._recovered, self._rollbacks = state["cut"], state["recovered"], state["rollbacks"]
         self.counts = Counter(state["counts"])
+
+
+def _failure(failures: Mapping[Trouble, int]) -> tuple[Trouble, str] | None:
+    for trouble in FAILURES:
+        if ranks := failures.get(trouble, 0):
+            return trouble, f"{trouble.value} on {ranks} rank{'s' if ranks > 1 else ''}"
+    return None
 
 
 def _usual(window: Collection[float], limit: float) -> str:

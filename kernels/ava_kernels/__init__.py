@@ -9,10 +9,11 @@ Shape suffixes: B batch, S sequence, T tokens, H heads, D head dim, M model dim,
 K choices per token, N = T·K (token, choice) pairs.
 """
 
-from ava_kernels.attention.reference import rope_attention
+from ava_kernels.attention.op import rope_attention
 from ava_kernels.experts.op import grouped_mm, moe_mlp
 from ava_kernels.gradients.op import GradStats, clip_, clip_coefficient, grad_stats
-from ava_kernels.rotary.reference import apply_rotary, rope_table
+from ava_kernels.rotary.op import apply_rotary
+from ava_kernels.rotary.reference import rope_table
 from ava_kernels.routing.op import (
     Routing,
     load_balancing_loss,

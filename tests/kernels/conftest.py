@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ava_kernels.experts import tiles
+from ava_kernels.experts import reference, tiles
 
 
 @pytest.fixture
@@ -29,13 +29,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=["torch", "portable", "hopper"])
+@pytest.fixture(params=["torch", "torch, one by one", "portable", "hopper"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """How the experts' products are made: by PyTorch, by Triton with pointers, by Triton with tensor descriptors too;
-    in tiles so small that small tensors have many."""
-    if request.param == "torch":
+    """How the experts' products are made: by PyTorch, of all experts at once or one by one, by Triton with pointers, by
+    Triton with tensor descriptors too; in tiles so small that small tensors have many."""
+    if request.param.startswith("torch"):
         monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
-        yield request.param
+        if request.param != "torch":
+            monkeypatch.setattr(reference, "SMALL", -1)
+        yield "torch"
         return
     request.getfixturevalue("triton_backend")
     monkeypatch.setattr(tiles, "NEWEST", (8, 0) if request.param == "portable" else (9, 0))

@@ -82,35 +82,5 @@ def test_table_needs_pairs(rotary_dim):
 
 @pytest.mark.parametrize(("cos_shape", "sin_shape"), [((4, 2), (4, 2)), ((5, 5), (5, 5)), ((5, 2), (5, 1))])
 def test_tables_that_do_not_fit_are_refused(cos_shape, sin_shape):
-    with pytest.raises(ValueError, match="do not fit x"):
+    with pytest.raises(ValueError, match=r"do not fit x|positions; x has"):
         apply_rotary(torch.zeros(1, 5, 1, 8), torch.zeros(cos_shape), torch.zeros(sin_shape))
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_positions_of_ones_own_and_of_packed_documents(interleaved):
-    x, angles = torch.randn(2, 5, 3, 10, dtype=torch.float64), angles_SP(8, 4)
-    tables = angles.cos(), angles.sin()
-    positions = torch.tensor([[7, 0, 0, 3, 1], [2, 2, 6, 5, 4]])
-    out = apply_rotary(x, *tables, interleaved=interleaved, position_ids=positions)
-    by_row = [rotated(row, angles[own], interleaved) for row, own in zip(x, positions, strict=True)]
-    torch.testing.assert_close(out, torch.stack(by_row), rtol=0, atol=1e-14)
-    shared = apply_rotary(x, *tables, interleaved=interleaved, position_ids=positions[0])
-    torch.testing.assert_close(shared[1], rotated(x[1], angles[positions[0]], interleaved), rtol=0, atol=1e-14)
-
-    packed, offsets = x.flatten(0, 1), torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32)
-    places = torch.tensor([0, 1, 2, 0, 0, 1, 2, 3, 4, 5])
-    expected = rotated(packed, angles[places], interleaved)
-    out = apply_rotary(packed, *tables, interleaved=interleaved, cu_seqlens=offsets)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
-    given = apply_rotary(packed, *tables, interleaved=interleaved, cu_seqlens=offsets, position_ids=places.flip(0))
-    torch.testing.assert_close(given, rotated(packed, angles[places.flip(0)], interleaved), rtol=0, atol=1e-14)
-
-
-def test_positions_that_do_not_fit_are_refused():
-    x, table = torch.zeros(2, 3, 1, 4), torch.zeros(3, 2)
-    with pytest.raises(ValueError, match="cos and sin have 3 rows, but a position is 3"):
-        apply_rotary(x, table, table, position_ids=torch.tensor([0, 3, 1]))
-    with pytest.raises(ValueError, match=r"position_ids \(2,\) do not fit x"):
-        apply_rotary(x, table, table, position_ids=torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"must be \(B, S, H, D\), or \(T, H, D\) with cu_seqlens"):
-        apply_rotary(x[0], table, table)

@@ -33,7 +33,8 @@ def test_kernels_compile_for_sm_90_without_spills(tmp_path):
     routing = {"_select", "serve", "_sum_columns", "_place", "_gradient", "_count_keys", "_order_keys"}
     moving = {"_take_rows", "_sum_rows", "_dot_rows"}
     experts = {"_up", "_rows", "_back", "_weights", "_invert", "_add_parts"}
-    assert {row["kernel"] for row in rows} == routing | moving | experts
+    attention = {"_rotate", "_forward", "_dots", "_keys", "_queries"}
+    assert {row["kernel"] for row in rows} == routing | moving | experts | attention
     assert [row for row in rows if row["serialized"]] == []
     products = [row for row in rows if row["kernel"] in ("_up", "_rows", "_back", "_weights")]
     assert len(products) == 6 * len({row["case"] for row in rows if row["case"].startswith("moe_mlp")})
@@ -43,6 +44,10 @@ def test_kernels_compile_for_sm_90_without_spills(tmp_path):
         assert row["wgmma"] > 0, row
         assert row["tma"] > 0 or (row["kernel"] == "_back" and "odd" in row["case"]), row  # M is no multiple of BK
         assert (row["cp_async"] > 0) == (row["kernel"] != "_rows"), row  # what is gathered
+
+    for row in rows:
+        if row["kernel"] in ("_forward", "_keys", "_queries") and "fp32" not in row["case"]:
+            assert row["wgmma"] > 0, row
 
 
 def test_the_experts_products_compile_for_sm_80(tmp_path):

@@ -4,6 +4,7 @@ those batches, to the bit."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,28 @@ CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 STOPPED = [(0, "fp32"), (3, "fp32")]
 POISONED, SEED = 11, 52  # which batch holds the poisoned document's one sequence, with this seed
 BROKEN = "blocks.1.mlp.down"
+TROUBLE = {
+    "nan loss": "loss not finite",
+    "inf gradient": "gradient not finite",
+    "explosion": "gradient explosion",
+    "spike": "loss spike",
+    "damaged file": "batch not readable",
+    "exception at once": "exception in the model",
+    "exception in forward": "exception in the model",
+    "exception in backward": "exception in the model",
+}
 # Batch → what goes wrong in it, and on which rank. A batch is all that one optimizer step sees.
 FAULTS = {9: ("nan loss", 1), 13: ("inf gradient", 0), 15: ("explosion", 1)} | dict.fromkeys(
     (17, 18, 19), ("nan loss", 0)
 )
-FAULTS[21] = ("damaged file", 1)
-STEPS = 16  # of 24 batches
+FAULTS |= {14: ("spike", 1), 21: ("damaged file", 1), 22: ("exception in forward", 1), 23: ("exception in backward", 0)}
+FAULTS[24] = ("exception at once", 0)
+STEPS = 16  # of 28 batches
+WAITED_FOR = {
+    "exception at once": 3,
+    "exception in forward": 3,
+    "exception in backward": 2,
+}  # from this stage on, it ends the run
 FIXED = ["stability.window=8", "stability.max_skips=7", f"training.max_steps={STEPS}"]
 LADDER = ["stability.window=4", "stability.max_skips=1", "stability.recovery_steps=4", "checkpoint.save_steps=4"]
 CLOCK = {"seconds", "tokens_per_second"}
@@ -44,6 +61,11 @@ CLOCK = {"seconds", "tokens_per_second"}
 def settings(file: str, *overrides: str) -> Config:
     fixed = [f"training.seed={SEED}", "moe.expert_bias_rate=0.01", "evaluation.eval_steps=0", "checkpoint.save_steps=0"]
     return load_config(file, [*fixed, *overrides])
+
+
+def faults(stage: int) -> dict[int, tuple[str, int]]:
+    """Those that leave a run of this stage going."""
+    return {batch: fault for batch, fault in FAULTS.items() if stage < WAITED_FOR.get(fault[0], 4)}
 
 
 class Run:
@@ -92,15 +114,29 @@ class Run:
         what, rank = self.faults.get(self.batch, ("", 0))
         return what if rank == dist.get_rank() and self.trainer.engine.model.training else ""
 
+    def _second(self) -> bool:
+        """Whether it is the last of the batch's micro-batches."""
+        return self.trainer.loader.position % self.size == 0
+
     def _spoil(self, module: Any, inputs: Any, output: Output) -> Output:
         match self._fault():
             case "nan loss":
                 return output._replace(objective=output.objective * math.nan, loss=output.loss * math.nan)
             case "explosion":
                 return output._replace(objective=output.objective * 1e6)
+            case "spike":
+                return output._replace(loss=output.loss * 10)
+            case "out of memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            case "exception at once":
+                raise ValueError("no such block")
+            case "exception in forward" if self._second():
+                raise ValueError("no such expert")
         return output
 
     def _break(self, gradient: Tensor) -> Tensor:
+        if self._fault() == "exception in backward" and self._second():
+            raise ValueError("no such gradient")
         if self._fault() == "inf gradient":
             gradient = gradient.clone()
             gradient.view(-1)[7] = math.inf
@@ -125,10 +161,10 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         config = settings(file, *FIXED, *options)
         weights, folder = poisoned_weights(config, shards), root / f"{stage}{precision}"
         faulty = Run(config, shards, folder / "faulty", weights)
-        faulty.faults = FAULTS
-        seen[stage, precision] = {"faulty": faulty.train()}
+        faulty.faults = faults(stage)
+        seen[stage, precision] = {"stage": stage, "faulty": faulty.train()}
         clean = Run(config, shards, folder / "clean", weights)
-        clean.drop = {*FAULTS, POISONED}
+        clean.drop = {*faults(stage), POISONED}
         seen[stage, precision]["clean"] = clean.train()
         (file_of_tokens,) = Path(shards).glob("train/*.bin")
         tokens, (poison,) = np.fromfile(file_of_tokens, "<u2"), weights["embed.weight"][:, 0].isnan().nonzero()
@@ -162,6 +198,14 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         resumed.trainer.load(store.find_checkpoint(folder / "stopped"))
         seen[stage, precision]["resumed at"] = resumed.trainer.loader.position
         seen[stage, precision]["resumed"] = resumed.train()
+        if stage == 3:
+            continue
+        no_room = Run(config, shards, folder / "no room", weights)
+        no_room.faults = {3: ("out of memory", 1)}
+        seen[stage, precision]["no room"] = no_room.train()
+        resumed = Run(config, shards, folder / "no room", weights)
+        resumed.trainer.load(store.find_checkpoint(folder / "no room"))
+        seen[stage, precision]["no room, resumed at"] = resumed.trainer.step, resumed.trainer.loader.position
     close_distributed()
     return seen
 
@@ -201,24 +245,40 @@ def test_skipped_batches_leave_no_trace(case: dict[str, Any]) -> None:
 
 
 def test_every_fault_is_told_with_its_rank_its_parameter_and_its_documents(case: dict[str, Any]) -> None:
-    verdicts = case["faulty"]["verdict"]
-    kinds = ["loss", "loss", "gradient", "explosion", "loss", "loss", "loss", "loss"]
-    names = {"loss": "loss not finite", "gradient": "gradient not finite", "explosion": "gradient explosion"}
-    assert [v["trouble"] for v in verdicts] == [names[kind] for kind in kinds]
-    assert {v["verdict"] for v in verdicts} == {"SKIP"}
-    assert [v["step"] for v in verdicts] == [9, 10, 11, 12, 13, 13, 13, 14]
-    assert [v["position"] for v in verdicts] == [8 * (batch + 1) for batch in (9, 11, 13, 15, 17, 18, 19, 21)]
-    by_rank = [[culprit["rank"] for culprit in verdict["culprits"]] for verdict in verdicts]
-    assert by_rank == [[1], [0], [0], [0, 1], [0], [0], [0], [1]]
-    assert [c["parameters"] for v in verdicts for c in v["culprits"] if c["parameters"]] == [[BROKEN]]
-    (poisoned,) = verdicts[1]["culprits"]
-    assert poisoned["rank"] == 0
+    verdicts = {v["position"] // 8 - 1: v for v in case["faulty"]["verdict"]}  # by batch
+    expected = faults(case["stage"]) | {POISONED: ("nan loss", 0)}
+    assert verdicts.keys() == expected.keys()
+    assert {v["verdict"] for v in verdicts.values()} == {"SKIP"}
+    for batch, (what, rank) in expected.items():
+        assert verdicts[batch]["trouble"] == TROUBLE[what]
+        assert verdicts[batch]["step"] == batch - sum(earlier < batch for earlier in expected)
+        blamed = [culprit["rank"] for culprit in verdicts[batch]["culprits"]]
+        assert blamed == ([0, 1] if what in ("explosion", "spike") else [rank])
+    assert [c["parameters"] for v in verdicts.values() for c in v["culprits"] if c["parameters"]] == [[BROKEN]]
+    assert verdicts[13]["nonfinite_gradients"] == 1
+    (poisoned,) = verdicts[POISONED]["culprits"]
     assert case["poisoned document"] in poisoned["documents"]
-    assert verdicts[-1]["culprits"][0]["errors"] == ["data.data_dir: 00000.bin holds token 999"] * 2
-    assert verdicts[3]["grad_norm"] > 1e4
-    assert verdicts[-1]["counts"] == {
-        "loss not finite": 6, "gradient not finite": 1, "gradient explosion": 1, "SKIP": 8
-    }  # fmt: skip
+    assert verdicts[21]["culprits"][0]["errors"] == ["data.data_dir: 00000.bin holds token 999"] * 2
+    if 22 in expected:
+        (error,) = verdicts[22]["culprits"][0]["errors"]
+        assert error.startswith("ValueError: no such expert (test_injection.py:")
+    assert verdicts[15]["grad_norm"] > 1e4
+    assert verdicts[14]["loss"] > 5 * case["faulty"]["step"][8]["loss"]
+    counts = Counter(TROUBLE[what] for what, _ in expected.values())
+    assert max(verdicts.values(), key=lambda v: v["position"])["counts"] == {**counts, "SKIP": len(expected)}
+
+
+@pytest.mark.parametrize("case", STOPPED[:1])
+def test_out_of_memory_on_one_rank_is_every_ranks_clean_stop(
+    case: tuple[int, str], ranks: list[dict[Any, dict[str, Any]]]
+) -> None:
+    seen = [rank[case]["no room"] for rank in ranks]
+    assert seen[0]["error"] == seen[1]["error"]
+    for words in ("out of memory on 1 rank", "emergency checkpoint", "training.batch_size (now 4)", "zero_stage=1"):
+        assert words in seen[0]["error"]
+    (verdict,) = seen[0]["verdict"]
+    assert (verdict["verdict"], verdict["step"], verdict["culprits"][0]["rank"]) == ("STOP", 3, 1)
+    assert ranks[0][case]["no room, resumed at"] == (3, 8 * 4)
 
 
 def test_a_roll_back_goes_on_from_the_checkpoint_past_the_bad_data(case: dict[str, Any]) -> None:

@@ -1,94 +1,119 @@
-"""Attention over rotated queries and keys, in plain PyTorch: SDPA over the reference rotation."""
+"""Attention in plain PyTorch, which is also the definition: scores, mask and softmax written out, where torch's fused
+attention does not compute the same."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ava_kernels.rotary.reference import apply_rotary
+from ava_kernels.rotary.op import places
+from ava_kernels.rotary.reference import rotate
+
+CHUNK = 2**24  # most scores that are written out at a time
 
 
-def rope_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    interleaved: bool = False,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale · R(q) R(k)ᵀ + mask) v, with R the rotation by position; without cos, plain attention.
-
-    q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, → (B, S_q, H_q, D). cos, sin (S_max,
-    rotary_dim / 2) with a row for every position: the place in the sequence, or `position_ids`, (S) or (B, S), for
-    queries and keys alike. `causal` is aligned to the bottom right: the last query sees every key. Queries that see no
-    key give zeros. `softmax_scale` defaults to 1/√D.
-
-    Packed: q (T, H_q, D), k and v (T, H_kv, D) with `cu_seqlens`, int32 (documents + 1) offsets from 0 to T. No token
-    sees another document, and positions count from 0 in each unless `position_ids` (T) gives them. `max_seqlen` is at
-    least the longest document's length; kernels need it, here it is only checked. The offsets are read on the host.
-
-    Raises ValueError where heads, offsets or positions do not fit.
-    """
-    S_q, S_k, H_q, H_kv = q.shape[-3], k.shape[-3], q.shape[-2], k.shape[-2]
-    if H_kv == 0 or H_q % H_kv:
-        raise ValueError(f"{H_q} query heads cannot share {H_kv} key/value heads: H_q must be a multiple of H_kv")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin belong together: give both or neither")
-    if position_ids is not None and (S_q != S_k or cos is None):
-        raise ValueError(f"position_ids need cos, sin and as many keys as queries; there are {S_k} and {S_q}")
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    interleaved: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`op.attention`; lse is None unless it is asked for. Documents are computed one by one: reads `cu_q` and `cu_k` on
+    the host."""
     if cos is not None and sin is not None:
-        q, k = (
-            apply_rotary(t, cos, sin, interleaved=interleaved, position_ids=position_ids, cu_seqlens=cu_seqlens)
-            for t in (q, k)
-        )
-    if cu_seqlens is None:
-        return _attention(q, k, v, causal, softmax_scale)
-    offsets = _checked(cu_seqlens, max_seqlen, S_q, S_k)
-    starts: dict[int, list[int]] = {}  # by length: documents of one length are one call
-    for start, end in pairwise(offsets):
-        starts.setdefault(end - start, []).append(start)
-    rows, parts = [], []
-    for length, begins in starts.items():
-        row = (torch.tensor(begins)[:, None] + torch.arange(length)).flatten().to(q.device)
-        own_q, own_k, own_v = (t.index_select(0, row).unflatten(0, (len(begins), length)) for t in (q, k, v))
-        rows.append(row)
-        parts.append(_attention(own_q, own_k, own_v, causal, softmax_scale).flatten(0, 1))
-    return torch.cat(parts).index_select(0, torch.cat(rows).argsort()) if parts else torch.zeros_like(q)
+        positions = [position, position]
+        if position is None and cu_q is not None and cu_k is not None:
+            positions = [places(cu, t.shape[1])[None] for cu, t in ((cu_q, q), (cu_k, k))]
+        q, k = (rotate(t, cos, sin, where, interleaved, False) for t, where in zip((q, k), positions, strict=True))
+    options = scale, left, right, softcap, return_lse
+    if cu_q is None or cu_k is None:
+        return _sequences(q, k, v, *options)
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    outs, lses = [], []
+    for i in range(len(ends_q) - 1):
+        rows_q, rows_k = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+        out, lse = _sequences(q[:, rows_q], k[:, rows_k], v[:, rows_k], *options)
+        outs.append(out)
+        lses.append(lse)
+    rest = q[:, ends_q[-1] :]
+    outs.append(torch.zeros_like(rest))
+    if not return_lse:
+        return torch.cat(outs, dim=1), None
+    lses.append(torch.full_like(rest[..., 0].transpose(1, 2), float("-inf"), dtype=_sum_dtype(q)))
+    return torch.cat(outs, dim=1), torch.cat([lse for lse in lses if lse is not None], dim=2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
-    S_q, S_k = q.shape[1], k.shape[1]
-    mask = None
-    if causal and S_q != S_k and S_q > 1:  # SDPA's own causal mask is aligned to the top left
-        mask = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
+def _sequences(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(B, S, H, D) all → out, and lse (B, H, S_q)."""
+    if softcap or return_lse:
+        return _written_out(q, k, v, scale, left, right, softcap)
+    S_q, S_k, mask = q.shape[1], k.shape[1], None
+    fused_causal = left < 0 and right == 0 and S_q == S_k  # torch's own causal mask is aligned to the top left
+    if not fused_causal and (left >= 0 or right >= 0):
+        mask = visible(S_q, S_k, left, right, q.device)
     out_BHSD = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=causal and S_q == S_k,
-        scale=softmax_scale,
+        is_causal=fused_causal,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out_BHSD.transpose(1, 2)
+    return out_BHSD.transpose(1, 2), None
 
 
-def _checked(cu_seqlens: Tensor, max_seqlen: int | None, S_q: int, S_k: int) -> list[int]:
-    offsets: list[int] = cu_seqlens.tolist()
-    if cu_seqlens.dtype != torch.int32 or not offsets or offsets != sorted(offsets) or offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must be int32 offsets that rise from 0, not {cu_seqlens.dtype} {offsets[:5]} …")
-    if not offsets[-1] == S_q == S_k:
-        raise ValueError(f"cu_seqlens end at {offsets[-1]}, but there are {S_q} queries and {S_k} keys")
-    longest = max((end - start for start, end in pairwise(offsets)), default=0)
-    if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a document has {longest} tokens")
-    return offsets
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Some heads at a time, so that not all scores are there at once."""
+    (B, S_q, H, _), S_k = q.shape, k.shape[1]
+    heads = max(1, CHUNK // max(1, B * S_q * S_k))
+    group = H // k.shape[2]
+    hidden = ~visible(S_q, S_k, left, right, q.device)
+    blind = hidden.all(-1)  # queries that see nothing: a softmax over minus infinities alone has no gradient
+    hidden = hidden & ~blind[:, None]
+    outs, lses = [], []
+    for first in range(0, H, heads):
+        chosen = torch.arange(first, min(H, first + heads), device=q.device)
+        q_BHSD, k_BHSD, v_BHSD = (
+            t.index_select(2, of).transpose(1, 2).to(_sum_dtype(q))
+            for t, of in ((q, chosen), (k, chosen // group), (v, chosen // group))
+        )
+        scores = (q_BHSD @ k_BHSD.mT) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        lse_BHS = scores.logsumexp(-1)
+        weights = (scores - lse_BHS[..., None]).exp().masked_fill(blind[:, None], 0.0)
+        outs.append((weights @ v_BHSD).transpose(1, 2).to(q.dtype))
+        lses.append(lse_BHS.masked_fill(blind, float("-inf")))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=1)
+
+
+def visible(S_q: int, S_k: int, left: int, right: int, device: torch.device) -> Tensor:
+    """(S_q, S_k) bool: which keys a query sees, aligned to the bottom right; −1 is no limit."""
+    ahead = torch.arange(S_k, device=device) - (torch.arange(S_q, device=device)[:, None] + S_k - S_q)
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

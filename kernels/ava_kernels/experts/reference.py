@@ -1,4 +1,5 @@
-"""The experts' MLP and its gradients in plain PyTorch, expert by expert, so that what one needs stays in the cache.
+"""The experts' MLP and its gradients in plain PyTorch, expert by expert, so that what one needs stays in the cache; or,
+where what all of them need does, all at once.
 
 Forward, for row n that token t sends to its choice k at expert e:
     h = W1_e x_t        a = act(h_gate) · h_up, or act(h)        y_n = W2_e a        out_t = Σ_k weight_tk · y_n
@@ -17,6 +18,7 @@ from torch import Tensor
 
 GATED = ("swiglu", "geglu")
 ACTIVATIONS = (*GATED, "gelu", "relu2")
+SMALL = 20 * 2**20  # bytes of h that are computed at once (`python -m bench.experts`)
 
 
 def _has_aligned_rows(t: Tensor) -> bool:
@@ -56,17 +58,18 @@ def forward(
     ends_E: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """→ out (T, M) and h (N, H), which backward needs. Everything else is no larger than one expert's rows.
+    """→ out (T, M) and h (N, H), which backward needs. Everything else is no larger than one expert's rows, unless all
+    are small.
 
     H is 2I for gated activations, otherwise I.
     """
     out_TM = x_TM.new_zeros(x_TM.shape, dtype=_sum_dtype(x_TM))
     h_NH = x_TM.new_empty(len(token_N), gate_up_EHM.shape[1])
     weight_N = weight_TK[token_N, slot_N]
-    for expert, rows in _rows_by_expert(ends_E):
+    for experts, rows in _shares(ends_E, h_NH):
         token_R = token_N[rows]
-        h_RH = torch.mm(x_TM.index_select(0, token_R), gate_up_EHM[expert].mT, out=h_NH[rows])
-        y_RM = torch.mm(_activate(h_RH, activation), down_EMI[expert].mT).to(out_TM.dtype)
+        h_RH = _product(x_TM.index_select(0, token_R), gate_up_EHM[experts].mT, ends_E, h_NH[rows])
+        y_RM = _product(_activate(h_RH, activation), down_EMI[experts].mT, ends_E).to(out_TM.dtype)
         # A token is at an expert once, so the order of the sum is the order of the experts.
         out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
     return out_TM.to(x_TM.dtype), h_NH
@@ -97,24 +100,25 @@ def backward(
     ddown_EMI = _gradient(down_EMI, down_sum_EMI, ends_E) if needs_down else None
     weight_N = weight_TK[token_N, slot_N]
     dweight_N = torch.zeros_like(weight_N)  # zero for dropped pairs, which come last
-    for expert, rows in _rows_by_expert(ends_E):
+    for experts, rows in _shares(ends_E, h_NH):
         token_R, weight_R1 = token_N[rows], weight_N[rows, None].to(x_TM.dtype)
         dout_RM = dout_TM.index_select(0, token_R)
         h_RH = h_NH[rows]
-        da_RI = torch.mm(dout_RM, down_EMI[expert])  # before the token's weight
+        da_RI = _product(dout_RM, down_EMI[experts], ends_E)  # before the token's weight
         if needs_down or needs_weight:
             a_RI = _activate(h_RH, activation)
             dweight_N[rows] = torch.linalg.vecdot(da_RI, a_RI).to(dweight_N.dtype)
             if ddown_EMI is not None:
-                _product(dout_RM.mT, a_RI.mul_(weight_R1), ddown_EMI[expert], down_sum_EMI is not None)
+                a_RI.mul_(weight_R1)
+                ddown_EMI = _contract(dout_RM, a_RI, ends_E, ddown_EMI, experts, down_sum_EMI is not None)
         if not (needs_x or needs_gate_up):
             continue
         dh_RH = _activate_backward(da_RI.mul_(weight_R1), h_RH, activation)
         if dgate_up_EHM is not None:
             x_RM = x_TM.index_select(0, token_R)
-            _product(dh_RH.mT, x_RM, dgate_up_EHM[expert], gate_up_sum_EHM is not None)
+            dgate_up_EHM = _contract(dh_RH, x_RM, ends_E, dgate_up_EHM, experts, gate_up_sum_EHM is not None)
         if dx_TM is not None:
-            dx_TM.index_add_(0, token_R, torch.mm(dh_RH, gate_up_EHM[expert]).to(dx_TM.dtype))
+            dx_TM.index_add_(0, token_R, _product(dh_RH, gate_up_EHM[experts], ends_E).to(dx_TM.dtype))
     dweight_TK = torch.zeros_like(weight_TK)
     dweight_TK[token_N, slot_N] = dweight_N
     return (
@@ -161,11 +165,34 @@ def _gradient(weight: Tensor, total: Tensor | None, ends_E: Tensor) -> Tensor:
     return gradient
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+def _product(x_RL: Tensor, w: Tensor, ends_E: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows of one expert times its weight (L, P), or all rows times (E, L, P), 0 for those of no expert."""
+    if w.dim() == 2:
+        return torch.mm(x_RL, w, out=out)
+    product_RP = grouped_mm(x_RL, w, ends_E)
+    return product_RP if out is None else out.copy_(product_RP)
+
+
+def _contract(x_RM: Tensor, y_RP: Tensor, ends_E: Tensor, out_EMP: Tensor, experts: int | slice, add: bool) -> Tensor:
+    """→ out, its share of these experts set to, or increased by, x (R, M)ᵀ y (R, P) over each one's rows."""
+    if isinstance(experts, int):
+        if add:
+            out_EMP[experts] += x_RM.mT @ y_RP
+        else:
+            torch.mm(x_RM.mT, y_RP, out=out_EMP[experts])
+        return out_EMP
+    product_EMP = grouped_mm(x_RM.mT, y_RP, ends_E)
     if add:
-        out += left @ right
+        return out_EMP.add_(product_EMP)
+    return product_EMP if product_EMP.stride() == out_EMP.stride() else out_EMP.copy_(product_EMP)
+
+
+def _shares(ends_E: Tensor, h_NH: Tensor) -> Iterator[tuple[int | slice, slice]]:
+    """The experts that are computed together, one by one or all, and their rows."""
+    if h_NH.is_cpu and h_NH.dtype == torch.float32 and h_NH.nbytes <= SMALL:
+        yield slice(None), slice(None)
     else:
-        torch.mm(left, right, out=out)
+        yield from _rows_by_expert(ends_E)
 
 
 def _rows_by_expert(ends_E: Tensor) -> Iterator[tuple[int, slice]]:

@@ -1,0 +1,262 @@
+"""Everything that is to be known about this code on a GPU, in one command and a given time.
+
+    make bench-gpu                                  # 8 minutes
+    make bench-gpu BUDGET=30
+    python -m bench.gpu --device cpu --budget 5     # tries this script itself where there is no GPU
+
+What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
+this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
+(`bench.check`); how fast this GPU multiplies and copies; `bench.experts`, `bench.routing` and `bench.gradients` in what
+is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how every step went and is
+rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
+
+Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
+`PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+
+ROOT = Path(__file__).parents[1]
+EXTENSION = ROOT / "kernels" / "ava_kernels" / "gradients"
+# The experts' kernels are the most, so each dtype is a process.
+CHECKS = [
+    *(("moe_mlp", dtype) for dtype in ("bfloat16", "float16", "float32")),
+    *((name, None) for name in ("routing", "counting_sort", "rows", "grouped_mm", "gradients")),
+]
+RESERVED = 50  # seconds that routing and gradients are each left by the experts
+# Python sees what this module cannot: whether the extension loads, with which halves.
+FIND_EXTENSION = (
+    "import sys; from ava_kernels.gradients.op import _find_extension; sys.exit(not _find_extension('cuda'))"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Checks and times everything on this GPU.")
+    parser.add_argument("--budget", type=float, default=8.0, help="minutes")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--results", type=Path, help="where to write; bench/results if left out, nowhere lasting on a CPU"
+    )
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu: this machine has no NVIDIA GPU that torch can use; nothing was measured", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with tempfile.TemporaryDirectory() as folder:
+        results = options.results or (machine.RESULTS if options.device == "cuda" else Path(folder) / "results")
+        os.environ["BENCH_RESULTS"] = str(results.resolve())
+        machine.RESULTS = results.resolve()
+        return Session(options.device, time.monotonic() + 60 * options.budget, Path(folder)).run()
+
+
+running: set[subprocess.Popen[str]] = set()
+
+
+class Session:
+    """The steps and what came out of them, written after each."""
+
+    def __init__(self, device: str, deadline: float, folder: Path) -> None:
+        self.device, self.deadline, self.folder = device, deadline, folder
+        self.result: dict[str, Any] = {"environment": environment(), "steps": {}}
+        self.lock = threading.Lock()
+
+    def run(self) -> int:
+        print(json.dumps(self.result["environment"], indent=1), flush=True)
+        cpu = self.device == "cpu"
+        self.build_extension()
+        with ThreadPoolExecutor(1 if cpu else len(CHECKS)) as pool:
+            wrong = [case for cases in pool.map(self.check, CHECKS) for case in cases if not case["ok"]]
+        print(f"{len(wrong)} cases are wrong", flush=True)
+        self.step("ceilings", ["-c", "from bench.gpu import ceilings; ceilings()"], 60)
+        left = self.left() - 2 * RESERVED
+        rows = ["--rows", "0", "--runs", "3"] if cpu else []
+        command = ["-m", "bench.experts", "--device", self.device, "--budget", f"{max(left, 1) / 60:.2f}", *rows]
+        self.step("experts", command, left + 20)
+        self.step("routing", ["-m", "bench.routing", *(["--tokens", "256", "--runs", "3"] if cpu else [])], 120)
+        sizes = ["--elements", "100000", "--tensors", "50", "--runs", "3"] if cpu else []
+        self.step("gradients", ["-m", "bench.gradients", *sizes], 120)
+        bad = {name: step["status"] for name, step in self.result["steps"].items() if step["status"] != "ok"}
+        print(f"not well: {bad}" if bad else "all steps went well")
+        print(machine.RESULTS / f"gpu_{self.device}.json")
+        return int(bool(bad or wrong))
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def step(self, name: str, arguments: list[str], limit: float, echo: str = "") -> dict[str, Any]:
+        """Runs Python with these arguments for at most `limit` seconds and no longer than the budget. Of its output,
+        lines that contain `echo` are shown."""
+        seconds = min(limit, self.left())
+        if seconds < 5:
+            outcome: dict[str, Any] = {"status": "no time left"}
+        else:
+            print(f"--- {name}", flush=True)
+            outcome = run_python(arguments, seconds, self.device, echo)
+        with self.lock:
+            self.result["steps"][name] = outcome
+            machine.write(f"gpu_{self.device}", self.result)
+        if outcome["status"] != "ok":
+            print(f"--- {name}: {outcome['status']}", flush=True)
+        return outcome
+
+    def check(self, group: tuple[str, str | None]) -> list[dict[str, Any]]:
+        """Cases of one group of `bench.check`, and one that failed for a process that ended badly."""
+        kernel, dtype = group
+        name = " ".join(["check", kernel, *([dtype] if dtype else [])])
+        path = self.folder / f"{name}.jsonl"
+        arguments = ["-m", "bench.check", "--device", self.device, "--only", kernel, "--json", str(path)]
+        arguments += ["--dtype", dtype] if dtype else []
+        arguments += ["--tiny"] if self.device == "cpu" else []
+        outcome = self.step(name, arguments, max(60.0, 0.4 * self.left()), echo="FAILED")
+        cases = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if outcome["status"] not in ("ok", "exit code 1"):  # 1: it has said itself what is wrong
+            last = " | ".join(outcome.get("output", [])[-3:])
+            cases.append({"kernel": kernel, "case": dtype, "ok": False, "error": f"{outcome['status']}: {last}"})
+        with self.lock:
+            self.result.setdefault("cases", {})[name] = {
+                "right": sum(case["ok"] for case in cases),
+                "wrong": [case for case in cases if not case["ok"]],
+            }
+            machine.write(f"gpu_{self.device}", self.result)
+        return cases
+
+    def build_extension(self) -> None:
+        if self.device == "cuda" and run_python(["-c", FIND_EXTENSION], 60, "cuda", None)["status"] != "ok":
+            self.step("build the extension", ["setup.py", "-q", "build_ext", "--inplace"], 150, echo="error")
+
+
+def run_python(arguments: list[str], seconds: float, device: str, echo: str | None) -> dict[str, Any]:
+    """A Python process with this code on its path → how it ended, how long it took, the last lines of its output. It is
+    killed with its children when time is up. Lines that contain `echo` are printed."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # what tests may have left
+        variables.pop("TRITON_INTERPRET", None)
+        variables.pop("AVA_KERNELS_BACKEND", None)
+    started_at = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    running.add(process)
+    lines: list[str] = []
+
+    def read() -> None:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if echo is not None and echo in line:
+                print(line, end="", flush=True)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(seconds)
+        status = "ok" if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        status = f"killed after {seconds:.0f} s"
+    finally:
+        kill(process)
+        running.discard(process)
+        process.wait()
+    reader.join(5)
+    return {"status": status, "seconds": round(time.monotonic() - started_at, 1), "output": lines[-40:]}
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """With its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop(signal_number: int, frame: Any) -> None:
+    """Told to end, leaves nothing behind that would hold the GPU."""
+    for process in list(running):
+        kill(process)
+    os._exit(1)
+
+
+def environment() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "executable": sys.executable,
+        "cuda": torch.version.cuda,
+        "cores": os.cpu_count(),
+        "packages": sorted(f"{d.metadata['Name']} {d.version}" for d in distributions() if _is_of_interest(d)),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "second_level_cache": properties.L2_cache_size,
+        }
+    for name, command in (
+        ("driver", ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]),
+        ("nvcc", ["nvcc", "--version"]),
+    ):
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+            found[name] = output.splitlines()[-1] if output else None
+        except (OSError, subprocess.SubprocessError):
+            found[name] = None
+    return found
+
+
+def _is_of_interest(distribution: Any) -> bool:
+    words = ("torch", "triton", "liger", "sonic", "quack", "cutlass", "megablocks", "grouped", "flash", "transformers")
+    return any(word in (distribution.metadata["Name"] or "").lower() for word in words)
+
+
+def ceilings() -> None:
+    """How fast this device multiplies matrices of random numbers and copies: the most that anything can reach."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn((1 << 28) if device == "cuda" else (1 << 18), device=device)
+    target = torch.empty_like(source)
+    actions = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for run in range(25):
+        for name, action in actions.items():
+            elapsed = machine.timed(action, device)
+            if run >= 5:
+                seconds[name].append(elapsed)
+    found: dict[str, dict[str, Any]] = {name: machine.spread(times) for name, times in seconds.items()}
+    found["matmul"] |= {"size": size, "dtype": str(dtype), "tflops": 2 * size**3 / found["matmul"]["median_ms"] / 1e9}
+    moved = 2 * source.numel() * source.element_size()
+    found["copy"] |= {"bytes_read_and_written": moved, "gb_per_second": moved / found["copy"]["median_ms"] / 1e6}
+    print(json.dumps(found), machine.write(f"ceilings_{device}", found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

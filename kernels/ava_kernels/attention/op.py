@@ -1,0 +1,323 @@
+"""The public attention operation, and which implementation it takes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ava_kernels.attention import reference, sdpa
+from ava_kernels.backend import runs_on_triton
+from ava_kernels.rotary.op import places
+
+MAX_HEAD_DIM = 256
+
+
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float = ...,
+    interleaved: bool = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    position_ids: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: Literal["triton", "sdpa", "torch"] | None = ...,
+) -> Tensor: ...
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    window_size: tuple[int, int] | None = ...,
+    softcap: float = ...,
+    interleaved: bool = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    position_ids: Tensor | None = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[True],
+    backend: Literal["triton", "sdpa", "torch"] | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    interleaved: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    position_ids: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: Literal["triton", "sdpa", "torch"] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · R(q) R(k)ᵀ + mask) v, with R the rotation by position; without cos, plain attention.
+
+    q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, any strides →
+    (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` turns elements
+    (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in the sequence, or what `position_ids`
+    (B, S) or (S,) says.
+
+    Masks are aligned to the bottom right: query i is at i + S_k − S_q. `causal` hides the keys behind it;
+    `window_size` (left, right) those further than `left` before and `right` behind, −1 for no limit. A query that sees
+    no key gives 0. `softcap` c makes c·tanh(s/c) of a score s (Gemma 2); `softmax_scale` defaults to 1/√D.
+
+    With `cu_seqlens` (documents + 1) int32, 0 and the documents' ends, q, k and v are packed, (T, H, D): no document
+    sees another, and positions begin anew with each unless `position_ids` (T,) says otherwise. Rows behind the last end
+    give 0. `max_seqlen`, the longest document's length, spares work; T is assumed without it.
+
+    `return_lse` also returns log Σ exp of each query's scores, (B, H_q, S_q), packed (H_q, T), float32 (float64 for
+    float64), −∞ where no key is seen. Differentiable once in q, k and v, through both.
+
+    `backend`: "triton", the kernels of `kernels.py`; "sdpa", a rotation and torch's fastest attention, which has
+    neither windows other than causal ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By
+    default "sdpa" for what it has and "triton" for the rest on a GPU, "torch" elsewhere. Triton's and torch's give the
+    same bits for the same input; `deterministic` refuses "sdpa", whose gradient need not.
+
+    Raises ValueError, naming the argument.
+    """
+    packed = cu_seqlens is not None
+    _check(q, k, v, cos, sin, window_size, softcap, cu_seqlens, position_ids)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    left, right = window_size or (-1, -1)
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    plain = not packed and left < 0 and right <= 0 and not softcap and not return_lse
+    chosen = _choose(backend, q, plain and not deterministic)
+    if chosen == "sdpa":
+        if not plain or deterministic:
+            raise ValueError(
+                "backend is 'sdpa', which has no window_size, softcap, cu_seqlens, return_lse and deterministic: "
+                "leave them out, or take backend='triton'"
+            )
+        return sdpa.attention(q, k, v, cos, sin, right == 0, scale, interleaved, position_ids)
+    if packed:
+        q, k, v = (t[None] for t in (q, k, v))
+    if position_ids is not None:
+        position_ids = position_ids.contiguous().expand(q.shape[:2])
+    arguments = cos, sin, position_ids, cu_seqlens, cu_seqlens, scale, left, right, float(softcap), interleaved
+    longest = q.shape[1] if max_seqlen is None else max_seqlen
+    lse: Tensor | None
+    if chosen == "torch":
+        out, lse = reference.attention(q, k, v, *arguments, return_lse)
+    else:
+        out, lse = attention(q, k, v, *arguments, longest if packed else q.shape[1], longest if packed else k.shape[1])
+    if packed:
+        out, lse = out[0], None if lse is None else lse[0]
+    return out if lse is None or not return_lse else (out, lse)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    interleaved: bool,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor]:
+    """The kernels. q (B, S_q, H_q, D), k, v (B, S_k, H_kv, D), position (B, S) int or None, B = 1 where `cu_q` and
+    `cu_k` pack documents of at most max_q and max_k tokens; left and right −1 for no limit → out like q, and lse
+    (B, H_q, S_q)."""
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if position is None and cu_q is not None and cos is not None:
+        position = places(cu_q, q.shape[1])[None]
+    out, lse, _, _ = torch.ops.ava_kernels.attention(
+        q, k, v, cos, sin, position, cu_q, cu_k, scale, left, right, softcap, interleaved, max_q, max_k, keep
+    )
+    return out, lse
+
+
+def _choose(backend: str | None, q: Tensor, sdpa_has_it: bool) -> str:
+    if backend not in (None, "triton", "sdpa", "torch"):
+        raise ValueError(f"backend is {backend!r}; it must be 'triton', 'sdpa' or 'torch', or None")
+    if backend is not None:
+        return backend
+    if not runs_on_triton(q):
+        return "torch"
+    return "sdpa" if sdpa_has_it and q.is_cuda else "triton"
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window_size: tuple[int, int] | None,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    dims = 4 if cu_seqlens is None else 3
+    shape = "(B, S, H, D)" if cu_seqlens is None else "(T, H, D), as cu_seqlens is given"
+    if not q.dim() == k.dim() == v.dim() == dims or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: they must be {shape}, "
+            "k and v alike, with one head dimension"
+        )
+    if (dims == 4 and q.shape[0] != k.shape[0]) or (dims == 3 and q.shape[0] != k.shape[0]):
+        raise ValueError(f"q has {q.shape[0]} {'sequences' if dims == 4 else 'tokens'}, k and v have {k.shape[0]}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; all three must be the same float dtype")
+    H_q, H_kv, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    if H_kv == 0 or H_q % H_kv:
+        raise ValueError(f"{H_q} query heads cannot share {H_kv} key/value heads: H_q must be a multiple of H_kv")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension is {D}; it must lie between 1 and {MAX_HEAD_DIM}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin belong together: give both or neither")
+    if cos is not None and sin is not None:
+        if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > D:
+            raise ValueError(
+                f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit a head dimension of {D}: both must be "
+                f"(positions, at most {D // 2})"
+            )
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError("cos and sin require a gradient, and get none here: detach them")
+        longest = max(q.shape[1], k.shape[1])
+        if cu_seqlens is None and position_ids is None and len(cos) < longest:
+            raise ValueError(f"cos and sin have {len(cos)} positions; the sequences have {longest}")
+    if window_size is not None and (len(window_size) != 2 or min(window_size) < -1):
+        raise ValueError(f"window_size is {window_size}; it must be (left, right), each 0 or more, or -1 for no limit")
+    if softcap < 0:
+        raise ValueError(f"softcap is {softcap}; it must be 0, for none, or more")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be int32 (documents + 1,)"
+        )
+    if position_ids is not None:
+        tokens = q.shape[: dims - 2]
+        if position_ids.is_floating_point() or tuple(position_ids.shape) not in (tuple(tokens), tuple(tokens[-1:])):
+            raise ValueError(
+                f"position_ids is {position_ids.dtype} of shape {tuple(position_ids.shape)}; it must be integers "
+                f"{tuple(tokens)}"
+            )
+        if q.shape[1] != k.shape[1] and dims == 4:
+            raise ValueError("position_ids are given, which say where queries and keys are: q and k must be as long")
+
+
+@torch.library.custom_op("ava_kernels::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    interleaved: bool,
+    max_q: int,
+    max_k: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """→ out, lse, and the turned queries and keys: without a table, or (queries) unless `keep`, with no element."""
+    from ava_kernels.attention import kernels  # triton is not installed everywhere
+
+    shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
+    with torch.cuda.device_of(q):
+        return kernels.forward(q, k, v, cos, sin, position, cu_q, cu_k, shape, keep)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, S, H, _ = q.shape
+    keep = rest[-1]
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((B, H, S), dtype=torch.float32),
+        q.new_empty(q.shape if keep and cos is not None else 0),
+        k.new_empty(k.shape if cos is not None else 0),
+    )
+
+
+@torch.library.custom_op("ava_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    interleaved: bool,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ava_kernels.attention import kernels
+
+    shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
+    with torch.cuda.device_of(q):
+        return kernels.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, cu_q, cu_k, shape)
+
+
+@_attention_backward.register_fake
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cos, sin, position, cu_q, cu_k, *shape, _ = inputs
+    out, lse, turned_q, turned_k = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(turned_q, turned_k)
+    if cos is not None:
+        q, k = turned_q, turned_k
+    ctx.save_for_backward(q, k, v, out, lse, cos, sin, position, cu_q, cu_k)
+    ctx.shape = shape
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return (None,) * 16
+    if dout is None:
+        dout = torch.zeros_like(ctx.saved_tensors[3])
+    gradients = torch.ops.ava_kernels.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.shape)
+    return *gradients, *[None] * 13
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,50 @@
+"""Attention as a rotation of its own and torch's fastest fused attention: the best there is where others' kernels are
+faster than ours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ava_kernels.rotary.op import apply_rotary
+
+# On Hopper cuDNN's goes before FlashAttention 2, which torch would choose.
+ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+    scale: float,
+    interleaved: bool,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """`op.rope_attention` without windows, softcap, packing and lse. (B, S, H, D) all."""
+    if cos is not None and sin is not None:
+        q, k = (apply_rotary(t, cos, sin, interleaved=interleaved, position_ids=position_ids) for t in (q, k))
+    S_q, S_k = q.shape[1], k.shape[1]
+    mask = None
+    if causal and S_q != S_k and S_q > 1:  # torch's own causal mask is aligned to the top left
+        mask = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
+    with sdpa_kernel(ORDER, set_priority=True):
+        out_BHSD = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal and S_q == S_k,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+    return out_BHSD.transpose(1, 2)

@@ -1,0 +1,112 @@
+"""The public rotation: one pass over the elements on a GPU, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ava_kernels.backend import runs_on_triton
+from ava_kernels.rotary import reference
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    conjugate: bool = False,
+) -> Tensor:
+    """Turns the first 2·cos.shape[-1] features of every head by its token's position; the rest pass through.
+
+    x (B, S, H, D), or (T, H, D) with `cu_seqlens` (documents + 1) int32, 0 and the ends of the documents that are
+    packed in it → the same shape and dtype. cos, sin (positions, rotary_dim / 2). A token's position is its place in
+    its sequence, or what `position_ids` (B, S), (S,) or (T,) says. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) if
+    `interleaved` (Su et al., 2021, "RoFormer"). `conjugate` turns the other way, which is also the gradient. Computed
+    in float32 (float64 for float64). `inplace` writes into x and returns it. Differentiable in x. Raises ValueError
+    where the shapes do not fit.
+    """
+    dims = 4 if cu_seqlens is None else 3
+    if x.dim() != dims:
+        shape = "(B, S, H, D)" if dims == 4 else "(T, H, D), as cu_seqlens is given"
+        raise ValueError(f"x has the shape {tuple(x.shape)}; it must be {shape}")
+    if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}: "
+            f"both must be (positions, at most {x.shape[-1] // 2})"
+        )
+    tokens = x.shape[: dims - 2]
+    if position_ids is None and cu_seqlens is None and len(cos) < tokens[-1]:
+        raise ValueError(f"cos and sin have {len(cos)} positions; x has {tokens[-1]}")
+    if position_ids is not None:
+        if position_ids.is_floating_point() or tuple(position_ids.shape) not in (tuple(tokens), tuple(tokens[-1:])):
+            raise ValueError(
+                f"position_ids is {position_ids.dtype} of shape {tuple(position_ids.shape)}; it must be integers "
+                f"{tuple(tokens)}"
+            )
+    elif cu_seqlens is not None:
+        position_ids = places(cu_seqlens, tokens[0])
+    batched = x if dims == 4 else x[None]
+    if position_ids is not None:
+        position_ids = position_ids.expand(batched.shape[:2])
+    if inplace and not (torch.is_grad_enabled() and x.requires_grad):
+        if runs_on_triton(x):
+            torch.ops.ava_kernels.rotate_(batched, cos, sin, position_ids, interleaved, conjugate)
+            return x
+        return x.copy_(reference.rotate(batched, cos, sin, position_ids, interleaved, conjugate).view_as(x))
+    if runs_on_triton(x):
+        out = torch.ops.ava_kernels.rotate(batched, cos, sin, position_ids, interleaved, conjugate)
+    else:
+        out = reference.rotate(batched, cos, sin, position_ids, interleaved, conjugate)
+    out = out if dims == 4 else out[0]
+    return x.copy_(out) if inplace else out
+
+
+def places(cu_seqlens: Tensor, T: int) -> Tensor:
+    """(T,): each token's place in its document; `cu_seqlens` (documents + 1,) holds 0 and the documents' ends."""
+    token = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return token - cu_seqlens[document]
+
+
+@torch.library.custom_op("ava_kernels::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, interleaved: bool, conjugate: bool) -> Tensor:
+    from ava_kernels.rotary import kernels  # triton is not installed everywhere
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        kernels.rotate(x, cos, sin, position, interleaved, conjugate, out)
+    return out
+
+
+@_rotate.register_fake
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("ava_kernels::rotate_", mutates_args=("x",))
+def _rotate_in_place(
+    x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, interleaved: bool, conjugate: bool
+) -> None:
+    from ava_kernels.rotary import kernels
+
+    with torch.cuda.device_of(x):
+        kernels.rotate(x, cos, sin, position, interleaved, conjugate, x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, position, ctx.interleaved, ctx.conjugate = inputs
+    ctx.save_for_backward(cos, sin, position)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.ops.ava_kernels.rotate(dout, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+    return dx, None, None, None, None, None
+
+
+_rotate.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,85 @@
+"""The command for a GPU: steps that crash or hang are recorded, and without a GPU it says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, machine
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run(
+        ["make", "-s", "bench-gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "no NVIDIA GPU" in done.stderr.splitlines()[0]
+    assert done.stdout == ""
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("print('fine')", "ok"),
+        ("import sys; print('fine'); sys.exit(3)", "exit code 3"),
+        ("import os; print('fine', flush=True); os.abort()", "exit code -6"),
+        ("import time; print('fine', flush=True); time.sleep(60)", "killed after 2 s"),
+    ],
+)
+def test_a_step_ends_as_it_ends(code, status):
+    outcome = gpu.run_python(["-c", code], 2, "cpu", None)
+    assert outcome["status"] == status
+    assert outcome["output"][0] == "fine"
+
+
+def test_a_step_that_is_killed_takes_its_children_along():
+    child = "import time; time.sleep(5); print('still there', flush=True)"
+    code = f"import subprocess, sys; print('fine', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    started_at = time.monotonic()
+    outcome = gpu.run_python(["-c", code], 1, "cpu", None)
+    assert outcome["output"] == ["fine"]  # read to its end: nobody holds the pipe any more
+    assert time.monotonic() - started_at < 4
+
+
+def test_a_group_that_crashes_is_a_wrong_case_and_what_it_had_done_counts(tmp_path, monkeypatch):
+    """Killed when it prints its second line, by what Python imports on its own at the start."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, os\n"
+        "show, shown = print, []\n"
+        "def count(*words, **options):\n"
+        "    shown.append(1)\n"
+        "    os.abort() if len(shown) > 1 else show(*words, **options)\n"
+        "builtins.print = count\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    session = gpu.Session("cpu", time.monotonic() + 60, tmp_path)
+    cases = session.check(("rows", "float32"))
+    assert [case["ok"] for case in cases] == [True, False]
+    assert "exit code -6" in cases[1]["error"]
+    written = json.loads((tmp_path / "gpu_cpu.json").read_text())
+    assert written["cases"]["check rows float32"]["right"] == 1
+    assert written["steps"]["check rows float32"]["status"] == "exit code -6"
+
+
+def test_no_step_starts_when_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    session = gpu.Session("cpu", time.monotonic() + 1, tmp_path)
+    assert session.step("late", ["-c", "print(1)"], 60)["status"] == "no time left"
+
+
+def test_ceilings_of_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    gpu.ceilings()
+    found = json.loads(next(tmp_path.glob("ceilings_*.json")).read_text())
+    assert found["matmul"]["tflops"] == pytest.approx(2 * 256**3 / found["matmul"]["median_ms"] / 1e9)
+    assert found["copy"]["gb_per_second"] == pytest.approx(2**21 / found["copy"]["median_ms"] / 1e6)

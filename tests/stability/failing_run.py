@@ -1,0 +1,42 @@
+"""A run in which one rank fails, for torchrun: `failing_run.py WHAT RANK STEP --config …`.
+
+WHAT: forward or backward raises in the second block, or the rank is killed there.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from ava_fast import train
+from ava_fast.trainer import Trainer
+
+
+def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
+    """Makes `rank` fail in the midst of the first micro-batch after `step` steps."""
+
+    def fail(*_: Any) -> None:
+        if trainer.engine.rank == rank and trainer.step == step:
+            if what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("no such luck")
+
+    model = trainer.engine.model
+    if what == "backward":
+        model.get_parameter("blocks.1.mlp.down").register_hook(fail)
+    else:
+        model.get_submodule("blocks.1.mlp_norm").register_forward_pre_hook(fail)
+
+
+if __name__ == "__main__":
+    what, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    run = Trainer.run
+
+    def sabotaged(trainer: Trainer) -> None:
+        sabotage(trainer, what, rank, step)
+        run(trainer)
+
+    Trainer.run = sabotaged  # type: ignore[method-assign]
+    code = train.main(sys.argv[4:])
+    sys.stdout.flush()
+    os._exit(code)
