@@ -125,7 +125,7 @@ class Run:
             case "explosion":
                 return output._replace(objective=output.objective * 1e6)
             case "spike":
-                return output._replace(loss=output.loss * 10)
+                return output._replace(loss=output.loss * 100)
             case "out of memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             case "exception at once":
