@@ -1,6 +1,6 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
 # make test    installs and runs everything that CI runs: lint, types, tests
-# make bench   times a training step, the experts, routing, gradient statistics and the start-up, beside their peers
+# make bench   times a training step, the experts, routing, gradient statistics, the loader and the start-up, beside their peers
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3
@@ -26,6 +26,7 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ava_fast.config import Config, Fault
+from ava_fast.data.order import LONGEST_CYCLE, cycle
 
 # Of sections `model` and `moe`: what changes how a model is trained, not what it is. The last three also say how an
 # evaluation with a capacity overflows, but it is `eval_capacity_factor` that makes it another function.
@@ -41,6 +42,7 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    _source_conflicts(config, refuse)
     stability = config.stability
     if stability.max_skips >= stability.window:
         refuse("stability.max_skips", stability.max_skips, f"below stability.window ({stability.window})")
@@ -74,6 +76,23 @@ def _routing_conflicts(config: Config, refuse: Callable[[str, object, str], None
     elif group_top_k * (moe.num_experts // groups) < moe.top_k <= moe.num_experts:
         experts = moe.num_experts // groups
         refuse("moe.group_top_k", group_top_k, f"enough groups of {experts} experts for moe.top_k ({moe.top_k})")
+
+
+def _source_conflicts(config: Config, refuse: Callable[[str, object, str], None]) -> None:
+    folders = [folder for folder, _ in config.sources]
+    if config.data.sources is None:
+        return
+    if config.data.data_dir is not None:
+        refuse("data.data_dir", config.data.data_dir, "null, as data.sources names the folders")
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        refuse("data.sources", twice[0], "each data_dir once")
+    weights = [weight for _, weight in config.sources]
+    if (length := sum(cycle(weights))) > LONGEST_CYCLE:
+        given = ", ".join(map(str, weights))
+        allowed = (
+            f"weights of fewer digits: these repeat after {length:,} sequences, at most {LONGEST_CYCLE:,} may pass"
+        )
+        refuse("data.sources", given, allowed)
 
 
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:

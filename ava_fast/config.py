@@ -123,11 +123,23 @@ class MoeConfig(Section):
     their weights. 0: there is no bias."""
 
 
+class SourceConfig(Section):
+    """One of several data sets that are trained on at once."""
+
+    data_dir: str
+    """A folder of text or of shards."""
+    weight: PositiveFloat
+    """Its share of all sequences, in proportion to the other weights; proportions are exact."""
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes sequences."""
 
     data_dir: str | None = None
     """A folder of text, or of shards that `ava-fast prepare` wrote. None: the Python standard library's source."""
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = None
+    """In place of `data_dir`, several such folders, each with a weight. They need one tokenizer; without
+    `tokenizer_name` it is the first one's. Each is shuffled on its own and begins anew when it is through."""
     cache_dir: str = "outputs/data"
     """Where tokenizers and shards made from a text folder are kept; made once per distinct input."""
     tokenizer_name: str | None = None
@@ -136,6 +148,10 @@ class DataConfig(Section):
     """Tokens per training sequence (S)."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of documents held out, chosen by a hash of their path: never trained on."""
+    document_attention: bool = False
+    """Tokens attend only to their own document, with positions counted from its start, in training and evaluation."""
+    prefetch_batches: Annotated[int, Field(ge=0, le=1024)] = 2
+    """Batches that a thread reads ahead, into page-locked memory where there is CUDA. 0: none."""
 
 
 class TrainingConfig(Section):
@@ -288,6 +304,13 @@ class Config(Section):
     def num_kv_heads(self) -> int:
         """Key/value heads, resolved."""
         return self.model.num_kv_heads or self.model.num_heads
+
+    @property
+    def sources(self) -> list[tuple[str | None, float]]:
+        """Every folder that is trained on, and its weight."""
+        if self.data.sources is None:
+            return [(self.data.data_dir, 1.0)]
+        return [(source.data_dir, source.weight) for source in self.data.sources]
 
 
 @dataclass(frozen=True)
@@ -492,6 +515,8 @@ def _describe_type(annotation: Any, metadata: tuple[Any, ...]) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if annotation is type(None):
         return "null"
+    if origin is list:
+        return "a list of {" + ", ".join(arguments[0].model_fields) + "}"
     words = {bool: "true or false", int: "integer", float: "number", str: "text"}[annotation]
     bounds = []
     for rule in metadata:

@@ -158,7 +158,10 @@ def _disk(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
-    data_dir = config.data.data_dir
+    return "; ".join(_source(folder) for folder, _ in config.sources)
+
+
+def _source(data_dir: str | None) -> str:
     if data_dir is not None and is_prepared(data_dir):
         index = read_index(data_dir)
         return f"{data_dir}: {index.train.tokens:,} training and {index.validation.tokens:,} held-out tokens"
@@ -168,7 +171,7 @@ def _data(config: Config) -> str:
 
 
 def _tokenizer(config: Config) -> str:
-    data_dir, name = config.data.data_dir, config.data.tokenizer_name
+    (data_dir, _), name = config.sources[0], config.data.tokenizer_name
     if data_dir is not None and is_prepared(data_dir):
         index = read_index(data_dir)
         check_vocabulary(index.vocab_size, config.model.vocab_size)

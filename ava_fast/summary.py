@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ava_fast.config import Config, load_config
 from ava_fast.data.shards import TokenStream, read_index
 from ava_fast.data.tokenizer import load_tokenizer
-from ava_fast.evaluate.baselines import ngram_baselines
+from ava_fast.errors import UserError
+from ava_fast.evaluate.baselines import Baselines, ngram_baselines
 from ava_fast.model.generation import generate
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.console import duration
@@ -25,12 +26,13 @@ from ava_fast.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> None:
+def finish(trainer: Trainer, status: str, started_at: float) -> None:
     """Writes the report; after a finished run also scores the baselines and continues the prompt. Collective.
 
     `started_at` is the process's start in Unix seconds."""
-    config = trainer.config
+    config, shards = trainer.config, trainer.shards
     summary: dict[str, Any] = {"status": status, "step": trainer.step, "parameters": trainer.parameters}
+    summary["sources"] = _sources(trainer)
     weights = trainer.engine.gather_weights() if status == "finished" and config.evaluation.prompt else None
     if dist.get_rank() != 0:
         return
@@ -38,11 +40,12 @@ def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> No
         summary["heldout_loss"] = trainer.heldout
         summary["tokens_per_second"] = _tokens_per_second(trainer.run_folder)
         if config.evaluation.ngram_baselines:
-            index = read_index(shards)
-            baselines = ngram_baselines(
-                TokenStream(shards, index, "train").arrays, trainer.heldout_NS1, index.vocab_size
-            )
-            summary.update(unigram=baselines.unigram, bigram=baselines.bigram)
+            try:
+                baselines = _baselines(trainer)
+            except UserError as error:  # the shards have changed since; what was trained is no worse for it
+                logger.warning(f"no n-gram baselines: {error}")
+            else:
+                summary.update(unigram=baselines.unigram, bigram=baselines.bigram)
         if weights is not None:
             summary["continuation"] = _continuation(config, weights, shards)
     summary["wall_seconds"] = time.time() - started_at
@@ -52,6 +55,24 @@ def finish(trainer: Trainer, shards: Path, status: str, started_at: float) -> No
         logger.info(_closing_lines(trainer.run_folder, config, summary))
     else:
         logger.info(f"report: {trainer.run_folder / 'report.md'}")
+
+
+def _sources(trainer: Trainer) -> list[dict[str, Any]]:
+    """What each folder of shards has given; its documents have the numbers from `first_document` on."""
+    sources, first, found = trainer.loader.batches.sources, 0, []
+    for source, (sequences, epochs) in zip(sources, trainer.loader.progress(), strict=True):
+        name = str(source.folder)
+        found.append({"folder": name, "first_document": first, "sequences": sequences, "epochs": epochs})
+        first += source.total_documents
+    return found
+
+
+def _baselines(trainer: Trainer) -> Baselines:
+    folders = [source.folder for source in trainer.loader.batches.sources]
+    indices = [read_index(folder) for folder in folders]
+    streams = [TokenStream(folder, index, "train") for folder, index in zip(folders, indices, strict=True)]
+    arrays = [array for stream in streams for array in stream.arrays]
+    return ngram_baselines(arrays, trainer.heldout_NS1, indices[0].vocab_size)
 
 
 def finished_lines(run: Path, config: Config) -> str | None:

@@ -26,7 +26,9 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.compatibility import model_differences, world_size_conflicts
 from ava_fast.config import Config, ConfigError, dump_config, load_config
+from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
+from ava_fast.data.shards import is_prepared
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
@@ -92,7 +94,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
         trainer.run()
     except (TrainingError, Interrupted) as error:
         try:
-            finish(trainer, shards, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
+            finish(trainer, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
         except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
             logger.warning(f"the report could not be written: {unwritten}")
         if not isinstance(error, LostRank):
@@ -100,7 +102,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
         raise
-    finish(trainer, shards, "finished", started_at)
+    finish(trainer, "finished", started_at)
 
 
 def _on_rank_0(action: Callable[[], Result]) -> Result:
@@ -147,16 +149,23 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
     return finished_lines(run, config) if run else None
 
 
-def _prepare(config: Config) -> Path:
-    data = config.data
-    return prepare(
-        data.data_dir,
-        data.cache_dir,
-        vocab_size=config.model.vocab_size,
-        tokenizer_name=data.tokenizer_name,
-        validation_fraction=data.validation_fraction,
-        progress=config.logging.progress,
-    )
+def _prepare(config: Config) -> list[Source]:
+    data, prepared = config.data, []
+    tokenizer = data.tokenizer_name
+    for folder, weight in config.sources:
+        # Shards have a tokenizer already; whether it is the others' too is asked when they are opened.
+        has_one = data.tokenizer_name is None and folder is not None and is_prepared(folder)
+        shards = prepare(
+            folder,
+            data.cache_dir,
+            vocab_size=config.model.vocab_size,
+            tokenizer_name=None if has_one else tokenizer,
+            validation_fraction=data.validation_fraction,
+            progress=config.logging.progress,
+        )
+        prepared.append(Source(shards, weight))
+        tokenizer = tokenizer or str(shards)
+    return prepared
 
 
 def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.compatibility import model_differences
 from ava_fast.config import Config
+from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
@@ -57,8 +58,10 @@ class Trainer:
     `run_folder` is the run's place on disk, `shards` the prepared data. All ranks construct it together.
     """
 
-    def __init__(self, config: Config, run_folder: Path, shards: Path, weights: dict[str, torch.Tensor] | None = None):
-        self.config, self.shards = config, shards
+    def __init__(
+        self, config: Config, run_folder: Path, shards: Shards, weights: dict[str, torch.Tensor] | None = None
+    ):
+        self.config, self.shards = config, sources_of(shards)[0].folder
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         rank, world_size = dist.get_rank(), dist.get_world_size()
         training = config.training
@@ -69,6 +72,8 @@ class Trainer:
             seed=training.seed,
             rank=rank,
             world_size=world_size,
+            document_attention=config.data.document_attention,
+            prefetch=config.data.prefetch_batches,
         )
         self.heldout_NS1 = heldout_sequences(
             shards, max_length=config.data.max_length, limit=config.evaluation.max_sequences
@@ -100,6 +105,7 @@ class Trainer:
         self._leaving = False
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
+        self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
         self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
 
@@ -208,12 +214,12 @@ class Trainer:
         )
         return ruling, interrupted
 
-    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self) -> Batch:
         """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
         a collective and this one must be there. They learn of it in `_over_ranks`."""
         position = self.loader.position
 
-        def read() -> tuple[torch.Tensor, torch.Tensor]:
+        def read() -> Batch:
             self.loader.position = position
             return self.loader.next_batch()
 
@@ -228,7 +234,7 @@ class Trainer:
             nothing_BS = torch.zeros(rows, self.config.data.max_length, dtype=torch.int64)
             return nothing_BS, nothing_BS
 
-    def _compute(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _compute(self, batch: Batch) -> torch.Tensor:
         """Forward and backward → `_figures`.
 
         An exception is noted for all ranks to learn, as long as none waits for this one in a collective; else it is
@@ -278,9 +284,8 @@ class Trainer:
     def _failed(self, trouble: Trouble, line: str) -> None:
         self._failures.append((trouble, line, self.loader.position - self.config.training.batch_size))
 
-    def _forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> Output:
-        tokens_BS, labels_BS = (t.to(self.engine.device, non_blocking=True) for t in batch)
-        output: Output = self.engine(tokens_BS, labels_BS)
+    def _forward(self, batch: Batch) -> Output:
+        output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
         return output
 
     def _backward(self, output: Output) -> None:
@@ -289,7 +294,7 @@ class Trainer:
     def _culprits(
         self,
         ruling: Ruling,
-        batches: list[tuple[torch.Tensor, torch.Tensor]],
+        batches: list[Batch],
         positions: list[int],
         losses: list[float],
         noise: dict[str, Any],
@@ -353,7 +358,7 @@ class Trainer:
                 f"the learning rate is cut to {ruling.factor:g} of its schedule, and back in {steps} good steps"
             )
 
-    def _dump(self, batches: list[tuple[torch.Tensor, torch.Tensor]], noise: dict[str, Any]) -> None:
+    def _dump(self, batches: list[Batch], noise: dict[str, Any]) -> None:
         """Keeps the batch for `ava-fast replay`, on every rank; a disk that refuses is no reason to end a run."""
         if self.judge.bad_steps > self.config.stability.dump_batches:
             return
@@ -393,7 +398,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         started_at = time.perf_counter()
-        self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size)
+        self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size, self._eos_id)
         self.evaluated_at = self.step
         seconds = time.perf_counter() - started_at
         if self._metrics:

@@ -18,12 +18,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -188,53 +190,97 @@ def check_vocabulary(vocab_size: int, model_vocab_size: int, key: str = "model.v
 
 
 class TokenStream:
-    """A split's tokens as one long array, memory-mapped. `len(stream)` counts them."""
+    """A split's tokens as one long array, memory-mapped. `len(stream)` counts them.
+
+    A map outlives its file's removal or replacement. Where a file has been cut short, touching the map would kill the
+    process: its length is looked up before every read.
+    """
 
     def __init__(self, folder: str | Path, index: Index, split: str):
+        """Raises UserError naming a file that cannot be mapped whole."""
         shards = index.split(split).shards
         dtype = np.dtype(index.dtype).newbyteorder("<")
+        self.eos_id = index.eos_id
         self._files = [Path(folder) / shard.file for shard in shards]
-        self._vocab_size, self._eos_id = index.vocab_size, index.eos_id
-        self.arrays: list[npt.NDArray[Any]] = [np.memmap(file, dtype, mode="r") for file in self._files]
-        """One read-only memory map per shard."""
-        self._ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64)
+        self._maps = [
+            _map(file, shard.tokens * dtype.itemsize) for file, shard in zip(self._files, shards, strict=True)
+        ]
+        self.arrays: list[npt.NDArray[Any]] = [np.frombuffer(whole, dtype) for whole in self._maps]
+        """One read-only view of each shard's file."""
+        self._vocab_size = index.vocab_size
+        self._ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64).tolist()
         self._documents_in: dict[int, int] = {}  # shard → ends of text in it, once they were counted
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def document(self, position: int) -> int:
         """Which document the token at `position` belongs to, counted from 0; its end of text is its last token.
 
         Counts the ends of text before it, a shard at a time, and remembers each whole shard's.
         """
-        shard = int(np.searchsorted(self._ends, position, side="right"))
+        shard = bisect_right(self._ends, position)
         for earlier in range(shard):
             if earlier not in self._documents_in:
-                self._documents_in[earlier] = int(np.count_nonzero(self.arrays[earlier] == self._eos_id))
-        array = self.arrays[shard]
-        within = array[: position - (int(self._ends[shard]) - len(array))]
+                self._check_length(earlier)
+                self._documents_in[earlier] = int(np.count_nonzero(self.arrays[earlier] == self.eos_id))
+        self._check_length(shard)
+        within = self.arrays[shard][: position - self._start(shard)]
         whole = sum(self._documents_in[earlier] for earlier in range(shard))
-        return whole + int(np.count_nonzero(within == self._eos_id))
+        return whole + int(np.count_nonzero(within == self.eos_id))
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Tokens [start, stop), across files. Raises UserError naming a file that holds an impossible token id."""
-        tokens = np.empty(stop - start, np.int64)
-        filled = 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while filled < len(tokens):
-            array = self.arrays[shard]
-            first = start + filled - (int(self._ends[shard]) - len(array))
-            part = array[first : first + len(tokens) - filled]
-            if (largest := int(part.max())) >= self._vocab_size:
-                raise UserError(
-                    f"data.data_dir: {self._files[shard]} holds token {largest} but the vocabulary has "
-                    f"{self._vocab_size}; the file is damaged: delete its folder and prepare the data again"
-                )
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
-        return tokens
+        """Tokens [start, stop), across files. Raises as `read_rows` does."""
+        return self.read_rows([start], stop - start)[0]
+
+    def read_rows(self, starts: Sequence[int], length: int) -> npt.NDArray[np.int64]:
+        """The `length` tokens from each of `starts` on, across files, as (len(starts), length).
+
+        Raises UserError naming a file that holds an impossible token id, and where, or that has become shorter.
+        """
+        rows = np.empty((len(starts), length), np.int64)
+        checked = -1
+        for row, start in zip(rows, starts, strict=True):
+            shard = bisect_right(self._ends, start)
+            while len(row):
+                if shard != checked:
+                    self._check_length(shard)
+                    checked = shard
+                first = start - self._start(shard)
+                part = self.arrays[shard][first : first + len(row)]
+                row[: len(part)] = part
+                row, start, shard = row[len(part) :], start + len(part), shard + 1
+        if rows.size and rows.max() >= self._vocab_size:
+            self._name_damage(rows, starts)
+        return rows
+
+    def _start(self, shard: int) -> int:
+        return self._ends[shard - 1] if shard else 0
+
+    def _check_length(self, shard: int) -> None:
+        if (size := self._maps[shard].size()) < (needed := len(self._maps[shard])):
+            raise UserError(
+                f"data.data_dir: {self._files[shard]} has been cut to {size:,} of {needed:,} bytes since this run "
+                "opened it; prepare the data again"
+            )
+
+    def _name_damage(self, rows: npt.NDArray[np.int64], starts: Sequence[int]) -> NoReturn:
+        row, column = np.argwhere(rows >= self._vocab_size)[0].tolist()
+        position = starts[row] + column
+        shard = bisect_right(self._ends, position)
+        offset = (position - self._start(shard)) * self.arrays[shard].itemsize
+        raise UserError(
+            f"data.data_dir: {self._files[shard]} holds token {rows[row, column]} but the vocabulary has "
+            f"{self._vocab_size} (at byte {offset}); the file is damaged: delete its folder and prepare the data again"
+        )
+
+
+def _map(file: Path, size: int) -> mmap.mmap:
+    try:
+        with file.open("rb") as opened:
+            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: it has become shorter since `read_index`
+        raise UserError(f"data.data_dir: {file} cannot be mapped: {error}; prepare the data again") from None
 
 
 def _write_split(folder: Path, pieces: Iterable[Piece], dtype: str, eos_id: int, shard_tokens: int) -> SplitIndex:

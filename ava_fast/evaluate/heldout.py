@@ -7,16 +7,19 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from ava_fast.data.batches import document_offsets
 from ava_fast.engine import Engine
 
 
 @torch.no_grad()
-def heldout_loss(engine: Engine, sequences_NS1: npt.NDArray[np.int64], batch_size: int) -> float:
+def heldout_loss(
+    engine: Engine, sequences_NS1: npt.NDArray[np.int64], batch_size: int, eos_id: int | None = None
+) -> float:
     """Mean cross-entropy, nats per predicted token, of N sequences of S+1 tokens, given whole to every rank.
 
     Collective. Each pass takes `batch_size` sequences over all ranks. Every rank makes the same number of passes, as
     ZeRO-3 gathers parameters in each; rows past the end are scored by nobody. The result does not depend on the
-    number of ranks beyond rounding.
+    number of ranks beyond rounding. With `eos_id`, the token that ends a document, attention stays inside documents.
     """
     model, rows = engine.model, batch_size // engine.world_size
     total_2 = torch.zeros(2, dtype=torch.float64, device=engine.device)  # summed loss, scored tokens
@@ -28,7 +31,8 @@ def heldout_loss(engine: Engine, sequences_NS1: npt.NDArray[np.int64], batch_siz
         scored = mine[:, 1:].numel()
         if scored == 0:
             mine = torch.from_numpy(sequences_NS1[:1]).to(engine.device)
-        loss = model(mine[:, :-1], mine[:, 1:]).loss
+        offsets = None if eos_id is None else document_offsets(mine[:, :-1], eos_id)
+        loss = model(mine[:, :-1], mine[:, 1:], offsets).loss
         if scored:
             total_2 += torch.stack((loss.double() * scored, loss.new_tensor(scored, dtype=torch.float64)))
     model.train(was_training)

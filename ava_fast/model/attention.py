@@ -25,15 +25,27 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
 
     def forward(
-        self, x_BSM: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None
+        self,
+        x_BSM: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeyValues | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """cos, sin (S, D/2) of these S positions. `past` holds earlier keys and values (B, S_past, H_kv, D), rotated
-        already; the second result is the same with this call's appended."""
+        already; the second result is the same with this call's appended. `cu_seqlens` (see `Transformer.forward`) goes
+        without `past`."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = self.qkv(x_BSM).unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if past is None:
+        if cu_seqlens is not None:
+            q_THD, k_THD, v_THD = (t.flatten(0, 1) for t in (q, k, v))
+            attended_BSHD = rope_attention(
+                q_THD, k_THD, v_THD, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=x_BSM.shape[1]
+            ).view_as(q)
+            present = (k, v)
+        elif past is None:
             attended_BSHD = rope_attention(q, k, v, cos, sin)
             present = (k, v)
         else:

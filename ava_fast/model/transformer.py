@@ -53,8 +53,10 @@ class Transformer(nn.Module):
         if model.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> Output:
-        """tokens, labels int64; a label of −100 is not scored."""
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, cu_seqlens: Tensor | None = None) -> Output:
+        """tokens, labels int64; a label of −100 is not scored. With `cu_seqlens`, int32 offsets from 0 to B·S at which
+        documents begin in the rows laid end to end, every row's start among them, no token sees another document, and
+        positions count from its start."""
         x_BSM = self.embed(tokens_BS)
         cos, sin = self._rope_rows(0, tokens_BS.shape[1], x_BSM.device)
         routed: list[Routed] = []
@@ -62,9 +64,11 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if recompute:
                 # What the recomputation returns goes nowhere: requests are counted once.
-                x_BSM, block_routed = checkpoint(_without_cache, block, x_BSM, cos, sin, use_reentrant=False)
+                x_BSM, block_routed = checkpoint(
+                    _without_cache, block, x_BSM, cos, sin, cu_seqlens, use_reentrant=False
+                )
             else:
-                x_BSM, block_routed = _without_cache(block, x_BSM, cos, sin)
+                x_BSM, block_routed = _without_cache(block, x_BSM, cos, sin, cu_seqlens)
             if block_routed is not None:
                 routed.append(block_routed)
         loss = self.head(self.norm(x_BSM), labels_BS)
@@ -126,10 +130,15 @@ class Block(nn.Module):
         self.mlp = DenseMlp(config.model.hidden_size, config.model.intermediate_size) if dense else MoeBlock(config)
 
     def forward(
-        self, x_BSM: Tensor, cos: Tensor, sin: Tensor, past: KeyValues | None = None
+        self,
+        x_BSM: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeyValues | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None, KeyValues]:
         """→ x (B, S, M), what there is to say of the routing (None in a dense block), keys and values."""
-        attended_BSM, present = self.attention(self.attention_norm(x_BSM), cos, sin, past)
+        attended_BSM, present = self.attention(self.attention_norm(x_BSM), cos, sin, past, cu_seqlens)
         x_BSM = x_BSM + attended_BSM
         if isinstance(self.mlp, MoeBlock):
             mlp_BSM, routed = self.mlp(self.mlp_norm(x_BSM))
@@ -137,8 +146,10 @@ class Block(nn.Module):
         return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, present
 
 
-def _without_cache(block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routed | None]:
-    x_BSM, routed, _ = block(x_BSM, cos, sin)
+def _without_cache(
+    block: nn.Module, x_BSM: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Routed | None]:
+    x_BSM, routed, _ = block(x_BSM, cos, sin, None, cu_seqlens)
     return x_BSM, routed
 
 

@@ -49,6 +49,12 @@ def _markdown(
         lines.append(f"| {name} | {value} |")
     if steps and "routing" in steps[-1]:
         lines += ["", "## Routing", "", "![Utilisation, entropy and overflow of each block by step](routing.png)"]
+    if summary.get("sources"):
+        lines += ["", "## Data", "", "| folder | sequences | epochs | documents from |", "|---|---|---|---|"]
+        lines += [
+            f"| {s['folder']} | {s['sequences']:,} | {s['epochs']:.2f} | {s['first_document']:,} |"
+            for s in summary["sources"]
+        ]
     if verdicts:
         lines += ["", "## Bad steps", "", "| after step | verdict | why | where |", "|---|---|---|---|"]
         lines += [f"| {v['step']} | {v['verdict']} | {v['reason']} | {_where(v['culprits'])} |" for v in verdicts[:50]]

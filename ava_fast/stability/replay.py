@@ -18,18 +18,21 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ava_fast.config import Config
+from ava_fast.data.batches import Batch
 from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
 
 SHOWN = 5  # names and sequences per rank
 
 
-def dump(folder: Path, rank: int, batches: list[tuple[Tensor, Tensor]], noise: Tensor) -> None:
-    """Writes one rank's share of a step: its micro-batches (tokens and labels (B, S), int64) and torch's CPU generator
-    before them. Raises OSError or RuntimeError where it cannot."""
+def dump(folder: Path, rank: int, batches: list[Batch], noise: Tensor) -> None:
+    """Writes one rank's share of a step: its micro-batches and torch's CPU generator before them. Raises OSError or
+    RuntimeError where it cannot."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens_ABS, labels_ABS = (torch.stack(parts).cpu() for parts in zip(*batches, strict=True))
-    torch.save({"tokens": tokens_ABS, "labels": labels_ABS, "noise": noise}, folder / f"rank_{rank}.pt")
+    tokens_ABS, labels_ABS = (torch.stack([batch[part] for batch in batches]).cpu() for part in (0, 1))
+    offsets = [batch[2] if len(batch) > 2 else None for batch in batches]
+    saved = {"tokens": tokens_ABS, "labels": labels_ABS, "cu_seqlens": offsets, "noise": noise}
+    torch.save(saved, folder / f"rank_{rank}.pt")
 
 
 def step_of(folder: Path) -> int:
@@ -68,8 +71,8 @@ def replay(folder: Path, weights: dict[str, Tensor], config: Config, tokenizer: 
         model.zero_grad()
         torch.set_rng_state(saved["noise"])
         losses = []
-        for tokens_BS, labels_BS in zip(saved["tokens"], saved["labels"], strict=True):
-            output = model(tokens_BS, labels_BS)
+        for batch in zip(saved["tokens"], saved["labels"], saved["cu_seqlens"], strict=True):
+            output = model(*batch)
             (output.objective / len(saved["tokens"])).backward()
             losses.append(output.loss.item())
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
@@ -86,9 +89,12 @@ def replay(folder: Path, weights: dict[str, Tensor], config: Config, tokenizer: 
 def _worst(model: Transformer, saved: dict[str, Any], tokenizer: Tokenizer | None) -> Iterator[str]:
     model.eval()
     alone = []
-    for micro_batch, (tokens_BS, labels_BS) in enumerate(zip(saved["tokens"], saved["labels"], strict=True)):
+    batches = zip(saved["tokens"], saved["labels"], saved["cu_seqlens"], strict=True)
+    for micro_batch, (tokens_BS, labels_BS, offsets) in enumerate(batches):
         for row in range(len(tokens_BS)):
-            loss = model(tokens_BS[row : row + 1], labels_BS[row : row + 1]).loss.item()
+            start, end = row * tokens_BS.shape[1], (row + 1) * tokens_BS.shape[1]
+            own = None if offsets is None else offsets[(offsets >= start) & (offsets <= end)] - start
+            loss = model(tokens_BS[row : row + 1], labels_BS[row : row + 1], own).loss.item()
             alone.append((loss if loss == loss else float("inf"), loss, micro_batch, row))
     for _, loss, micro_batch, row in sorted(alone, reverse=True)[:SHOWN]:
         tokens = saved["tokens"][micro_batch][row].tolist()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.data.order import Shuffle
 from ava_fast.data.shards import Piece, TokenStream, write_shards
 from ava_fast.errors import UserError
 
@@ -21,7 +25,9 @@ EOS = 65_535  # the largest uint16: signed arithmetic anywhere would show
 
 
 @contextmanager
-def shards(documents: list[list[int]], shard_tokens: int = 10) -> Iterator[Path]:
+def shards(
+    documents: list[list[int]], shard_tokens: int = 10, vocab_size: int = 65_536, eos_id: int = EOS
+) -> Iterator[Path]:
     """Both splits hold `documents`."""
     with tempfile.TemporaryDirectory() as parent:
         pieces = [Piece(document, len(document), True) for document in documents]
@@ -30,8 +36,8 @@ def shards(documents: list[list[int]], shard_tokens: int = 10) -> Iterator[Path]
             pieces,
             pieces,
             tokenizer_json=b"{}",
-            vocab_size=65_536,
-            eos_id=EOS,
+            vocab_size=vocab_size,
+            eos_id=eos_id,
             source="a test",
             skipped=[],
             shard_tokens=shard_tokens,
@@ -81,14 +87,14 @@ def test_every_token_of_an_epoch_exactly_once(
         return
     with shards(texts, shard_tokens) as folder:
         batch_size = rows * world_size
-        order = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
-        batches = global_batches(folder, world_size, -(-3 * len(sequences) // batch_size), **order)
+        settings = {"max_length": max_length, "batch_size": batch_size, "seed": seed}
+        batches = global_batches(folder, world_size, -(-3 * len(sequences) // batch_size), **settings)
         seen = [row for batch in batches for row in batch]
         for epoch in range(3):
             visited = seen[epoch * len(sequences) : (epoch + 1) * len(sequences)]
             assert sorted(visited) == sorted(sequences)
-            expected = np.random.default_rng((seed, epoch)).permutation(len(sequences))
-            assert visited == [sequences[index] for index in expected]
+            order = Shuffle(len(sequences), seed=seed).at(np.arange(len(sequences)) + epoch * len(sequences))
+            assert visited == [sequences[index] for index in order]
 
 
 @settings(max_examples=15, deadline=None)
@@ -227,9 +233,134 @@ def test_documents_of_a_batch_are_those_whose_tokens_it_holds() -> None:
         numbers = [number for number, document in enumerate(documents) for _ in [*document, EOS]]
         for _ in range(20):
             position = loader.position
-            expected = {n for index in loader.share(position) for n in numbers[5 * index : 5 * index + 6]}
+            expected = {n for _, index in loader.batches.share(position) for n in numbers[5 * index : 5 * index + 6]}
             assert loader.documents(position) == sorted(expected)
             loader.next_batch()
+
+
+def test_document_offsets_are_where_documents_and_rows_begin() -> None:
+    documents = [[number] * (number % 7) for number in range(30)]  # some empty: an end of text alone
+    with shards(documents) as folder:
+        loader = TokenLoader(folder, max_length=9, batch_size=4, seed=1, document_attention=True)
+        for _ in range(6):
+            tokens_BS, labels_BS, cu_seqlens = loader.next_batch()
+            assert cu_seqlens.dtype == torch.int32
+            flat = tokens_BS.flatten().tolist()
+            begins = [place for place in range(36) if place % 9 == 0 or flat[place - 1] == EOS]
+            assert cu_seqlens.tolist() == [*begins, 36]
+            assert torch.equal(tokens_BS[:, 1:], labels_BS[:, :-1])
+
+
+def test_reading_ahead_changes_no_batch_wherever_the_position_goes() -> None:
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        plain, ahead = (TokenLoader(folder, max_length=4, batch_size=4, seed=2, prefetch=depth) for depth in (0, 3))
+        for jump in (0, 0, 0, 8, 0, -4, 0, 12, 0, 0, -20, 0):
+            for loader in (plain, ahead):
+                loader.position += jump
+            before = ahead.position
+            assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+            assert ahead.position == plain.position == before + 4  # the consumer's, not the reader's
+        for loader in (plain, ahead):
+            loader.avoid = [(loader.position, loader.position + 6)]
+        assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+        assert ahead.state_dict() == plain.state_dict()
+        ahead.close()
+        assert all(map(torch.equal, ahead.next_batch(), plain.next_batch()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_batches_that_were_read_ahead_are_page_locked() -> None:
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        loader = TokenLoader(folder, max_length=4, batch_size=4, seed=2, document_attention=True, prefetch=2)
+        assert all(tensor.is_pinned() for _ in range(3) for tensor in loader.next_batch())
+
+
+def test_the_reading_thread_ends_with_its_loader() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        closed, dropped = (TokenLoader(folder, max_length=4, batch_size=4, seed=2, prefetch=3) for _ in range(2))
+        for loader in (closed, dropped):
+            loader.next_batch()
+        (first, second) = threads()
+        closed.close()
+        assert threads() == [second]
+        del dropped, loader
+        second.join(60)
+        assert not first.is_alive()
+        assert not second.is_alive()
+
+
+def damage(folder: Path, kind: str) -> None:
+    """What happens to the shard that holds tokens 40 to 59, in bytes 0 to 39, while it is mapped."""
+    file = folder / "train" / "00002.bin"
+    match kind:
+        case "flipped":
+            with file.open("r+b") as opened:
+                opened.seek(14)
+                opened.write(np.array([60_000], "<u2").tobytes())
+        case "cut":
+            os.truncate(file, 20)
+        case "removed":
+            file.unlink()
+        case "replaced":
+            (folder / "new").write_bytes(b"")
+            (folder / "new").replace(file)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("flipped", r"00002\.bin holds token 60000 but the vocabulary has 1000 \(at byte 14\); the file is damaged"),
+        ("cut", r"00002\.bin has been cut to 20 of 40 bytes since this run opened it; prepare the data again"),
+        ("removed", None),
+        ("replaced", None),
+    ],
+)
+def test_a_file_that_changes_under_way_costs_the_batches_that_need_it_and_no_more(
+    kind: str, says: str | None, prefetch: int
+) -> None:
+    with shards([[number] * 9 for number in range(14)], shard_tokens=20, vocab_size=1000, eos_id=999) as folder:
+        arguments = {"max_length": 4, "batch_size": 1, "seed": 0, "prefetch": prefetch}
+        expected = [batch[0] for batch in global_batches(folder, 1, 34, max_length=4, batch_size=1, seed=0)]
+        loader = TokenLoader(folder, **arguments)  # type: ignore[arg-type]
+        damage(folder, kind)
+        needs = {"flipped": {11}, "cut": set(range(9, 15))}.get(kind, set())  # sequence i is tokens 4i to 4i + 4
+        failed = {}
+        for place in range(34):
+            (_, index), *_ = loader.batches.share(place)
+            try:
+                tokens_BS, labels_BS = loader.next_batch()
+                assert [[*tokens_BS[0].tolist(), int(labels_BS[0, -1])]] == [expected[place]]
+            except UserError as error:
+                failed[index] = str(error)
+            assert loader.position == place + 1
+        assert failed.keys() == needs
+        assert all(re.search(str(says), message) for message in failed.values())
+        loader.close()
+
+
+def test_a_place_is_found_at_once_wherever_it_is() -> None:
+    with shards([list(range(139))]) as folder:
+        first, far = (TokenLoader(folder, max_length=4, batch_size=2, seed=0) for _ in range(2))
+        epoch = first.sequences_per_epoch
+        far.load_state_dict({**first.state_dict(), "position": epoch * 10**12})
+        rows = [tuple(row) for _ in range(epoch // 2) for row in far.next_batch()[0].tolist()]
+        again = [tuple(row) for _ in range(epoch // 2) for row in first.next_batch()[0].tolist()]
+        assert len(set(rows)) == len(rows)
+        assert rows != again
+        assert far.epoch == 10**12 + len(rows) / epoch
+
+
+def test_a_position_of_a_release_with_another_order_is_refused() -> None:
+    with shards([list(range(60))]) as folder:
+        loader = TokenLoader(folder, max_length=4, batch_size=2, seed=3)
+        state = loader.state_dict()
+        del state["order_version"]
+        with pytest.raises(UserError, match="it counts in order 1, this release in order 2; go on with the release"):
+            loader.load_state_dict(state)
 
 
 def test_a_batch_that_cannot_be_read_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +368,7 @@ def test_a_batch_that_cannot_be_read_is_passed_over(monkeypatch: pytest.MonkeyPa
         plain, damaged = (TokenLoader(folder, max_length=4, batch_size=2, seed=0) for _ in range(2))
         expected = [plain.next_batch()[0] for _ in range(3)]
         with monkeypatch.context() as patched:
-            patched.setattr(TokenStream, "read", lambda *_: damaged_file())
+            patched.setattr(TokenStream, "read_rows", lambda *_: damaged_file())
             with pytest.raises(UserError, match="damaged"):
                 damaged.next_batch()
         assert torch.equal(damaged.next_batch()[0], expected[1])

@@ -97,6 +97,22 @@ def test_imported_logits_equal_transformers_to_rounding(case):
     assert (ours - exact).abs().max() <= 4 * (theirs - exact).abs().max()
 
 
+def test_packed_documents_give_transformers_logits_of_restarting_positions(case):
+    peer, _, weights, sections = case
+    offsets = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
+    positions = torch.tensor([[*range(5), 0, *range(11)]])
+    hidden, model = [], build(weights, sections)
+    model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    with torch.no_grad():
+        model(tokens(1), tokens(1), offsets)
+        theirs = peer(tokens(1), position_ids=positions, use_cache=False).logits
+        exact = copy.deepcopy(peer).double()(tokens(1), position_ids=positions, use_cache=False).logits
+        apart = copy.deepcopy(peer).double()(tokens(1)[:, 6:]).logits
+        ours = model.head(hidden[0])
+    torch.testing.assert_close(exact[:, 6:], apart)  # it did keep the documents apart
+    assert (ours - exact).abs().max() <= 4 * (theirs - exact).abs().max()
+
+
 def test_imported_loss_and_every_gradient_equal_transformers_to_rounding(case, tmp_path):
     peer, folder, weights, sections = case
     precise = copy.deepcopy(peer).double()

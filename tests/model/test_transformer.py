@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def test_forward_and_logits_agree_and_padding_is_not_scored(options):
     kept = labels != -100
     by_hand = -logits.log_softmax(-1)[kept].gather(1, labels[kept][:, None]).mean()
     torch.testing.assert_close(model(tokens, labels).loss, by_hand)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_train_as_each_alone(checkpointing):
+    # Without what mixes tokens on purpose: the losses of the router are means over all of them.
+    model = make(moe={"aux_loss_weight": 0.0, "z_loss_weight": 0.0}, checkpointing=checkpointing)
+    tokens, labels = batch()
+    offsets = [0, 4, 11, 22, 23, 31, 33]
+    packed = model(tokens, labels, torch.tensor(offsets, dtype=torch.int32)).objective
+    gradients = torch.autograd.grad(packed, list(model.parameters()))
+    total = 0.0
+    for start, end in pairwise(offsets):
+        own = (t.flatten()[None, start:end] for t in (tokens, labels))
+        total = total + model(*own).objective * (end - start) / 33
+    torch.testing.assert_close(packed, total)
+    for got, expected in zip(gradients, torch.autograd.grad(total, list(model.parameters())), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert abs(packed - model(tokens, labels).objective) > 1e-3
 
 
 def losses_and_gradients(model, seed=5):

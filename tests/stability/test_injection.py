@@ -29,7 +29,7 @@ from ava_fast.trainer import Trainer, seed_generators
 
 CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 STOPPED = [(0, "fp32"), (3, "fp32")]
-POISONED, SEED = 11, 2  # which batch holds the poisoned document's one sequence, with this seed
+POISONED, SEED = 11, 52  # which batch holds the poisoned document's one sequence, with this seed
 BROKEN = "blocks.1.mlp.down"
 TROUBLE = {
     "nan loss": "loss not finite",
@@ -125,7 +125,7 @@ class Run:
             case "explosion":
                 return output._replace(objective=output.objective * 1e6)
             case "spike":
-                return output._replace(loss=output.loss * 10)
+                return output._replace(loss=output.loss * 100)
             case "out of memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             case "exception at once":
