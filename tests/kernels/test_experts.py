@@ -136,7 +136,7 @@ def test_uneven_routings_and_dropped_requests(product, kind):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         routing = routing_of(40, 4, 1 if kind == "all to one" else 2, **ROUTINGS[kind])
-        got = assert_as_exact_as_the_loop([*inputs(40, 4, 24, 8, torch.float32), routing.weight], routing)
+        got = assert_as_exact_as_the_loop([*inputs(40, 4, 24, 24, torch.float32), routing.weight], routing)
     finally:
         torch.use_deterministic_algorithms(False)
     held = routing.offsets.diff() > 0
