@@ -82,5 +82,5 @@ def test_table_needs_pairs(rotary_dim):
 
 @pytest.mark.parametrize(("cos_shape", "sin_shape"), [((4, 2), (4, 2)), ((5, 5), (5, 5)), ((5, 2), (5, 1))])
 def test_tables_that_do_not_fit_are_refused(cos_shape, sin_shape):
-    with pytest.raises(ValueError, match="do not fit x|positions; x has"):
+    with pytest.raises(ValueError, match=r"do not fit x|positions; x has"):
         apply_rotary(torch.zeros(1, 5, 1, 8), torch.zeros(cos_shape), torch.zeros(sin_shape))
