@@ -31,12 +31,19 @@ SCALINGS = {
     "yarn, ramp": {"rope_type": "yarn", **YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False},
     "yarn, mscale": {"rope_type": "yarn", **YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
     "yarn, one mscale": {"rope_type": "yarn", **YARN, "mscale": 0.7},
+    "yarn, turns of the first pair": {"rope_type": "yarn", **YARN, "original_max_position_embeddings": 40},
+    "yarn, turns of the last pair": {
+        "rope_type": "yarn",
+        **YARN,
+        "original_max_position_embeddings": 10**9,
+        "beta_fast": 1e6,
+    },
     "yarn, shorter": {"rope_type": "yarn", **YARN, "factor": 0.5},
     "llama3": {"rope_type": "llama3", **LLAMA3},
     "longrope, long": {"rope_type": "longrope", **LONGROPE},
     "longrope, short": {"rope_type": "longrope", **LONGROPE, "original_max_position_embeddings": 512},
     "longrope, attention factor": {"rope_type": "longrope", **LONGROPE, "attention_factor": 1.2},
-    "longrope, shorter": {"rope_type": "longrope", **LONGROPE, "factor": 1.0},
+    "longrope, shorter": {"rope_type": "longrope", **LONGROPE, "factor": 0.5},
 }
 
 
@@ -105,6 +112,7 @@ def test_the_old_name_of_the_type():
         ),
         ({"rope_type": "linear", "factor": 0}, "factor is 0; it must be a positive number"),
         ({"rope_type": "linear", "factor": math.nan}, "factor is nan; it must be a positive number"),
+        ({"rope_type": "linear", "factor": True}, "factor is True; it must be a positive number"),
         ({"rope_type": "linear", "factor": "2"}, "factor is '2'; it must be a positive number"),
         ({"rope_type": "yarn", **YARN, "truncate": 1}, "truncate is 1; it must be true or false"),
         ({"rope_type": "longrope", **LONGROPE, "long_factor": [1.0]}, "long_factor is .*; it must be 16 positive"),
