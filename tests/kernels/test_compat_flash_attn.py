@@ -140,7 +140,7 @@ def turned(x, angles, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("offsets", [0, 4, torch.tensor([3, 0, 9])])
+@pytest.mark.parametrize("offsets", [0, 4, torch.tensor([3, 0, 13])])
 def test_rotation_with_offsets(backend, interleaved, inplace, offsets):
     angles = torch.randn(20, 5, dtype=torch.float64) * 10
     cos, sin = angles.cos().float(), angles.sin().float()
@@ -151,7 +151,7 @@ def test_rotation_with_offsets(backend, interleaved, inplace, offsets):
     out = flash.apply_rotary_emb(given, cos, sin, interleaved, inplace, offsets)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
     assert (out is given) == inplace
-    packed = torch.randn(12, 2, 12)
+    packed = torch.randn(40, 2, 12)  # rows behind the last sequence, more than the table has
     places = [at + i for at, length in zip(starts, (4, 0, 6), strict=True) for i in range(length)]
     expected = turned(packed[:10], angles[places], interleaved)
     out = flash.apply_rotary_emb(packed.clone(), cos, sin, interleaved, inplace, offsets, ends(4, 0, 6), 6)

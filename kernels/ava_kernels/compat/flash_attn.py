@@ -211,9 +211,7 @@ def apply_rotary_emb(
         elif sequences:
             token = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
             sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=sequences - 1)
-            # Rows behind the last sequence are at no position of the table.
-            inside = token < cu_seqlens[-1]
-            position_ids = ((places(cu_seqlens, x.shape[0]) + seqlen_offsets[sequence]) * inside).long()
+            position_ids = places(cu_seqlens, x.shape[0]) + seqlen_offsets[sequence]
         else:
             position_ids = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return apply_rotary(
