@@ -394,7 +394,8 @@ FUSED_CONFIGS = {
     "mixtral": CONFIGS["mixtral"],
     "qwen3": CONFIGS["qwen3"],
 }
-FUSED_BATCHES = BATCHES | {"elsewhere": {"position_ids": torch.arange(S) + torch.tensor([[7], [0]])}}
+ELSEWHERE = torch.arange(S) * torch.tensor([[1], [2]])
+FUSED_BATCHES = BATCHES | {"elsewhere": {"position_ids": ELSEWHERE, "attention_mask": torch.ones(2, S).long()}}
 
 
 @pytest.fixture
@@ -442,7 +443,7 @@ def test_what_cannot_be_fused_is_computed_as_before(monkeypatch, rotations):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model.train()(input_ids=token_ids(), use_cache=False)
-    model.eval().set_attn_implementation("eager")
+    model.eval().set_attn_implementation("sdpa")
     model(input_ids=token_ids(), use_cache=False)
     assert rotations == []
 
