@@ -7,8 +7,8 @@
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
 (`bench.check`); how fast this GPU multiplies and copies; `bench.experts`, `bench.attention`, `bench.routing` and
-`bench.gradients` in what is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how every
-step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
+`bench.gradients` in what is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how
+every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
 
 Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
 `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
