@@ -1,6 +1,6 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
 # make test    installs and runs everything that CI runs: lint, types, tests
-# make bench   times a training step, the experts, routing, gradient statistics, the loader and the start-up, beside their peers
+# make bench   times a training step, experts, attention, routing, gradient statistics, loader and start-up beside their peers
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.attention
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
 
 # Air-gapped: with the Python that is there, and this code where it lies.

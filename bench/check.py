@@ -6,8 +6,10 @@
 
 Covered: routing with capacity, bias and groups; counting sort; moving rows; the experts' MLP with all its gradients
 and the grouped product, for even, skewed, one-sided and dropping loads, sizes that fit no tile, no tokens, strided
-weights; gradient statistics and clipping. Everything runs twice and must give the same bits; on a GPU, also from a CUDA
-graph and without waiting for the device. A case that fails is a line of output and an exit code of 1; only a lost
+weights; the rotation; attention with all its gradients, causal, full, windowed, capped, packed, with heads that share
+keys and values, by each implementation; gradient statistics and clipping. Everything runs twice and must give the same
+bits; on a GPU, also from a CUDA graph and without waiting for the device. A case that fails is a line of output and an
+exit code of 1; only a lost
 device ends the run. Needs torch, triton and ava_kernels alone.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ava_kernels import Routing, grouped_mm, moe_mlp, route
+from ava_kernels import Routing, apply_rotary, grouped_mm, moe_mlp, rope_attention, rope_table, route
 from ava_kernels.experts.rows import dot_rows, sum_rows, take_rows
 from ava_kernels.routing.op import counting_sort
 from torch import Tensor
@@ -370,6 +373,113 @@ def _product(device: str, size: tuple[int, ...], dtype: torch.dtype, layout: str
     compare(["product", "dx", "dw"], found, exact, results_of(loop, [x, w], upstream))
 
 
+def rotations(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    sizes = (
+        [(2, 5, 3, 10, 4)] if tiny else [(2, 1000, 16, 128, 64), (3, 333, 5, 80, 16), (1, 1, 1, 2, 1), (4, 0, 2, 8, 4)]
+    )
+    for size in sizes:
+        for dtype in dtypes:
+            for way in ("plain", "interleaved", "packed", "positions", "inplace", "strided"):
+                name = "B {}, S {}, H {}, D {}, {} pairs".format(*size)
+                yield f"{name}, {dtype}, {way}", lambda a=(size, dtype, way): _rotation(device, *a)
+
+
+def _rotation(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
+    B, S, H, D, pairs = size
+    torch.manual_seed(0)
+    x, upstream = (torch.randn(B, S, H, D, device=device).to(dtype) for _ in range(2))
+    cos, sin = rope_table(2 * S + 1, 2 * pairs, device=torch.device(device))
+    places = torch.randint(0, 2 * S + 1, (B, S), device=device) if way == "positions" else None
+    interleaved, token = way == "interleaved", torch.arange(S, device=device).expand(B, S)
+
+    def turned(x: Tensor) -> Tensor:
+        """By products of complex numbers."""
+        part = x[..., : 2 * pairs]
+        part = part.unflatten(-1, (pairs, 2)) if interleaved else part.unflatten(-1, (2, pairs)).mT
+        at = token if places is None else places
+        angle = torch.complex(cos[at], sin[at]).to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pair = torch.view_as_real(torch.view_as_complex(part.to(wide).contiguous()) * angle[:, :, None])
+        part = (pair if interleaved else pair.mT).flatten(-2).to(x.dtype)
+        return torch.cat((part, x[..., 2 * pairs :]), dim=-1)
+
+    def ours(x: Tensor) -> Tensor:
+        if way == "packed":
+            ends = S * torch.arange(B + 1, device=device, dtype=torch.int32)
+            return apply_rotary(x.flatten(0, 1), cos, sin, cu_seqlens=ends).view_as(x)
+        x = x.mT.contiguous().mT if way == "strided" else x.clone() if way == "inplace" else x
+        return apply_rotary(x, cos, sin, interleaved=interleaved, position_ids=places, inplace=way == "inplace")
+
+    found = results_of(ours, [x], upstream)
+    same_bits(found, results_of(ours, [x], upstream))
+    exact = results_of(turned, [x.double()], upstream)
+    compare(["output", "dx"], found, exact, results_of(turned, [x], upstream))
+
+
+def attentions(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    """B, S, query heads, key heads, D."""
+    sizes = [(1, 20, 2, 1, 16)] if tiny else [(2, 512, 4, 4, 128), (1, 1000, 8, 1, 64), (2, 333, 4, 2, 80)]
+    sizes += [] if tiny else [(1, 300, 2, 1, 256), (1, 257, 3, 3, 32), (2, 1, 2, 1, 64)]
+    ways: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "full": {"causal": False},
+        "window": {"window_size": (max(3, sizes[0][1] // 5), 0)},
+        "softcap": {"softcap": 5.0},
+        "packed": {},
+        "interleaved": {"interleaved": True},
+        "part of a head": {},
+    }
+    for size in sizes:
+        for dtype in dtypes:
+            for way, options in ways.items():
+                name = "B {}, S {}, H {}/{}, D {}".format(*size)
+                yield f"{name}, {dtype}, {way}", lambda a=(size, dtype, way, options): _attention(device, *a)
+                if device == "cuda" and way in ("causal", "full"):
+                    by_torch = {**options, "backend": "sdpa"}
+                    yield f"{name}, {dtype}, {way}, sdpa", lambda a=(size, dtype, way, by_torch): _attention(device, *a)
+
+
+def _attention(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str, options: dict[str, Any]) -> None:
+    B, S, H_q, H_kv, D = size
+    torch.manual_seed(0)
+    options = {"deterministic": "backend" not in options, **options}
+    tensors = [torch.randn(B, S, heads, D, device=device).to(dtype) for heads in (H_q, H_kv, H_kv)]
+    upstream = torch.randn(B, S, H_q, D, device=device).to(dtype)
+    rotary_dim = D // 4 * 2 if way == "part of a head" else D
+    cos, sin = rope_table(S, rotary_dim, device=torch.device(device))
+    ends = [S * b // 3 for b in range(3 * B + 1)] if way == "packed" else [S * b for b in range(B + 1)]
+    left, right = options.get("window_size", (S, S))
+    seen = torch.arange(S, device=device) - torch.arange(S, device=device)[:, None]  # how far a key is ahead
+    seen = (seen >= -left) & (seen <= (0 if options.get("causal", True) else right))
+    interleaved = options.get("interleaved", False)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if way != "packed":
+            return rope_attention(q, k, v, cos, sin, **options)
+        cu = torch.tensor(ends, device=device, dtype=torch.int32)
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        return rope_attention(*flat, cos, sin, cu_seqlens=cu, max_seqlen=S, **options).view_as(q)
+
+    def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for start, end in itertools.pairwise(ends):
+            q_SHD, k_SHD, v_SHD = (t.flatten(0, 1)[start:end] for t in (q, k, v))
+            q_SHD, k_SHD = (apply_rotary(t[None], cos, sin, interleaved=interleaved)[0] for t in (q_SHD, k_SHD))
+            k_SHD, v_SHD = (t.repeat_interleave(H_q // H_kv, dim=1) for t in (k_SHD, v_SHD))
+            scores = torch.einsum("qhd,khd->hqk", q_SHD, k_SHD) * D**-0.5
+            if cap := options.get("softcap"):
+                scores = cap * torch.tanh(scores / cap)
+            weights = scores.masked_fill(~seen[: end - start, : end - start], float("-inf")).softmax(-1)
+            outs.append(torch.einsum("hqk,khd->qhd", weights, v_SHD))
+        return torch.cat(outs).view_as(q)
+
+    found = results_of(ours, tensors, upstream)
+    if options["deterministic"]:
+        same_bits(found, results_of(ours, tensors, upstream))
+    exact = results_of(written_out, [t.double() for t in tensors], upstream)
+    compare(["output", "dq", "dk", "dv"], found, exact, results_of(written_out, tensors, upstream))
+
+
 def statistics(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         sizes = (20_000, 60) if tiny else (20_000_000, 400)
@@ -393,6 +503,8 @@ GROUPS = {
     "rows": rows,
     "moe_mlp": experts,
     "grouped_mm": products,
+    "rotary": rotations,
+    "attention": attentions,
     "gradients": statistics,
 }
 

@@ -6,9 +6,9 @@
 
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
-(`bench.check`); how fast this GPU multiplies and copies; `bench.experts`, `bench.routing` and `bench.gradients` in what
-is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how every step went and is
-rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
+(`bench.check`); how fast this GPU multiplies and copies; `bench.experts`, `bench.attention`, `bench.routing` and
+`bench.gradients` in what is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how
+every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
 
 Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
 `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
@@ -40,9 +40,10 @@ EXTENSION = ROOT / "kernels" / "ava_kernels" / "gradients"
 # The experts' kernels are the most, so each dtype is a process.
 CHECKS = [
     *(("moe_mlp", dtype) for dtype in ("bfloat16", "float16", "float32")),
-    *((name, None) for name in ("routing", "counting_sort", "rows", "grouped_mm", "gradients")),
+    *(("attention", dtype) for dtype in ("bfloat16", "float16", "float32")),
+    *((name, None) for name in ("routing", "counting_sort", "rows", "grouped_mm", "rotary", "gradients")),
 ]
-RESERVED = 50  # seconds that routing and gradients are each left by the experts
+RESERVED = 50  # seconds that routing and gradients are each left by what comes before
 # Python sees what this module cannot: whether the extension loads, with which halves.
 FIND_EXTENSION = (
     "import sys; from ava_kernels.gradients.op import _find_extension; sys.exit(not _find_extension('cuda'))"
@@ -88,10 +89,14 @@ class Session:
             wrong = [case for cases in pool.map(self.check, CHECKS) for case in cases if not case["ok"]]
         print(f"{len(wrong)} cases are wrong", flush=True)
         self.step("ceilings", ["-c", "from bench.gpu import ceilings; ceilings()"], 60)
-        left = self.left() - 2 * RESERVED
+        left = 0.65 * (self.left() - 2 * RESERVED)
         rows = ["--rows", "0", "--runs", "3"] if cpu else []
         command = ["-m", "bench.experts", "--device", self.device, "--budget", f"{max(left, 1) / 60:.2f}", *rows]
         self.step("experts", command, left + 20)
+        left = self.left() - 2 * RESERVED
+        tiny = ["--size", "1,32,2,1,16,causal", "--runs", "3"] if cpu else []
+        command = ["-m", "bench.attention", "--device", self.device, "--budget", f"{max(left, 1) / 60:.2f}", *tiny]
+        self.step("attention", command, left + 20)
         self.step("routing", ["-m", "bench.routing", *(["--tokens", "256", "--runs", "3"] if cpu else [])], 120)
         sizes = ["--elements", "100000", "--tensors", "50", "--runs", "3"] if cpu else []
         self.step("gradients", ["-m", "bench.gradients", *sizes], 120)

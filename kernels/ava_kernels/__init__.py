@@ -13,7 +13,7 @@ from ava_kernels.attention.op import rope_attention
 from ava_kernels.experts.op import grouped_mm, moe_mlp
 from ava_kernels.gradients.op import GradStats, clip_, clip_coefficient, grad_stats
 from ava_kernels.rotary.op import apply_rotary
-from ava_kernels.rotary.reference import rope_table
+from ava_kernels.rotary.tables import rope_table
 from ava_kernels.routing.op import (
     Routing,
     load_balancing_loss,

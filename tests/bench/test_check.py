@@ -46,7 +46,14 @@ def shifted(function):
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("counting_sort", "counting_sort"), ("rows", "sum_rows"), ("moe_mlp", "moe_mlp"), ("grouped_mm", "grouped_mm")],
+    [
+        ("counting_sort", "counting_sort"),
+        ("rows", "sum_rows"),
+        ("moe_mlp", "moe_mlp"),
+        ("grouped_mm", "grouped_mm"),
+        ("rotary", "apply_rotary"),
+        ("attention", "rope_attention"),
+    ],
 )
 def test_one_wrong_number_is_noticed(monkeypatch, name, function):
     monkeypatch.setattr(check, function, shifted(getattr(check, function)))

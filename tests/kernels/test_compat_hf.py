@@ -16,7 +16,7 @@ import ava_kernels.compat.hf as hf
 import pytest
 import torch
 import transformers
-from ava_kernels import moe_mlp
+from ava_kernels import moe_mlp, rope_attention
 from torch.overrides import TorchFunctionMode
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -378,3 +378,99 @@ def test_models_with_sinks_and_attention_weights_are_refused():
         sinks(token_ids())
     with pytest.raises(ValueError, match="output_attentions"):
         random_model("mixtral", **implementations("ava"))(token_ids(), output_attentions=True)
+
+
+# --- The rotation within attention ---
+
+DENSE = {key: SIZES[key] for key in list(SIZES)[:7]} | {"intermediate_size": 20, "pad_token_id": 0}
+FUSED_CONFIGS = {
+    "llama": transformers.LlamaConfig(**DENSE),
+    "llama_yarn": transformers.LlamaConfig(
+        **DENSE,
+        attention_bias=True,
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4},
+    ),
+    "qwen3_dense": transformers.Qwen3Config(**DENSE),
+    "mixtral": CONFIGS["mixtral"],
+    "qwen3": CONFIGS["qwen3"],
+}
+ELSEWHERE = torch.arange(S) * torch.tensor([[1], [2]])
+FUSED_BATCHES = BATCHES | {"elsewhere": {"position_ids": ELSEWHERE, "attention_mask": torch.ones(2, S).long()}}
+
+
+@pytest.fixture
+def rotations(monkeypatch):
+    """→ for every call of rope_attention, whether it turns queries and keys."""
+    calls = []
+
+    def counted(q, k, v, cos=None, sin=None, **options):
+        calls.append(cos is not None)
+        return rope_attention(q, k, v, cos, sin, **options)
+
+    monkeypatch.setattr(hf, "rope_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("batch", FUSED_BATCHES)
+@pytest.mark.parametrize("name", FUSED_CONFIGS)
+def test_the_fused_rotation_changes_nothing(monkeypatch, rotations, name, batch):
+    monkeypatch.setitem(CONFIGS, name, FUSED_CONFIGS[name])
+    model = random_model(name).train()
+    with InDouble():
+        truth = results(copy.deepcopy(model).double(), FUSED_BATCHES[batch])
+    eager = results(model, FUSED_BATCHES[batch])
+    model.set_attn_implementation("ava")
+    handle = hf.fuse_rotary(model)
+    assert_no_further(results(model, FUSED_BATCHES[batch]), eager, truth)
+    assert rotations == ([True] * 2 if batch in ("whole", "elsewhere") else [])
+    rotations.clear()
+    handle.remove()
+    assert_no_further(results(model, FUSED_BATCHES[batch]), eager, truth)
+    assert not any(rotations)
+
+
+def test_what_cannot_be_fused_is_computed_as_before(monkeypatch, rotations):
+    monkeypatch.setitem(CONFIGS, "llama", FUSED_CONFIGS["llama"])
+    model = random_model("llama").eval()
+    prompt = {"input_ids": token_ids(), "max_new_tokens": 5, "do_sample": False}
+    eager = model.generate(**prompt)
+    model.set_attn_implementation("ava")
+    hf.fuse_rotary(model)
+    assert torch.equal(model.generate(**prompt), eager)
+    assert rotations
+    assert not any(rotations)
+    rotations.clear()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()(input_ids=token_ids(), use_cache=False)
+    model.eval().set_attn_implementation("sdpa")
+    model(input_ids=token_ids(), use_cache=False)
+    assert rotations == []
+
+
+def test_fusing_says_why_it_cannot():
+    model = random_model("mixtral")
+    with pytest.raises(ValueError, match=r"attn_implementation is 'eager': call model.set_attn_implementation"):
+        hf.fuse_rotary(model)
+    model.set_attn_implementation("ava")
+    hf.fuse_rotary(model)
+    with pytest.raises(ValueError, match="MixtralAttention has a forward of its own already"):
+        hf.fuse_rotary(model)
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no attention layer that is known here: Llama"):
+        hf.fuse_rotary(random_model("deepseek"))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_lengths_that_transformers_gives_keep_sequences_apart(window):
+    ends = torch.tensor([0, 4, S], dtype=torch.int32)
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
+    layer = random_model("mixtral").model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, S, 8) for heads in (6, 2, 2))
+    out, _ = hf.attention(layer, q, k, v, None, sliding_window=window, **given)
+    behind = torch.arange(S)[:, None] - torch.arange(S)
+    document = torch.tensor([0] * 4 + [1] * 7)
+    seen = (behind >= 0) & (document[:, None] == document) & (behind < (window or S))
+    expected, _ = hf.attention(layer, q, k, v, seen[None, None])
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(ValueError, match="MixtralAttention: cu_seq_lens_q is given with 2 rows"):
+        hf.attention(layer, *(t.repeat(2, 1, 1, 1) for t in (q, k, v)), None, **given)

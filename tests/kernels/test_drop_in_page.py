@@ -22,10 +22,11 @@ def test_every_example_runs_and_gives_gradients():
         exec(block, names)
     assert names["out"].shape == names["x"].shape
     assert names["product"].shape == (12, 96)
+    assert names["attended"].shape == (40, 4, 64)
     assert names["mixed"].shape == (32, 64)
     for parameter in (*names["layer"].parameters(), *names["model"].parameters()):
         assert parameter.grad is not None
-    for leaf in ("rows", "weight", "score"):
+    for leaf in ("rows", "weight", "qkv", "score"):
         assert names[leaf].grad.any()
 
 

@@ -19,6 +19,7 @@ def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, interleaved: bool, conjugate: bool, out: Tensor
 ) -> None:
     """`reference.rotate` of x (B, S, H, D) into out, which may be x. position (B, S) int, or None for 0 … S-1."""
+    cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
     B, S, H, D = x.shape
     pairs = cos.shape[1]
     P = triton.next_power_of_2(max(pairs, 1))

@@ -68,10 +68,11 @@ def apply_rotary(
 
 
 def places(cu_seqlens: Tensor, T: int) -> Tensor:
-    """(T,): each token's place in its document; `cu_seqlens` (documents + 1,) holds 0 and the documents' ends."""
+    """(T,): each token's place in its document, 0 behind the last one; `cu_seqlens` (documents + 1,) holds 0 and the
+    documents' ends."""
     token = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return token - cu_seqlens[document]
+    return (token - cu_seqlens[document]) * (token < cu_seqlens[-1])
 
 
 @torch.library.custom_op("ava_kernels::rotate", mutates_args=())
