@@ -164,7 +164,7 @@ def _data(config: Config) -> str:
         return f"{data_dir}: {index.train.tokens:,} training and {index.validation.tokens:,} held-out tokens"
     corpus = scan(data_dir)
     skipped = f", {len(corpus.skipped)} files cannot be used" if corpus.skipped else ""
-    return f"{data_dir or 'the standard library’s source'}: {len(corpus.documents):,} documents{skipped}"
+    return f"{data_dir or 'the standard library’s source'}: {len(corpus.files):,} files{skipped}"
 
 
 def _tokenizer(config: Config) -> str:
