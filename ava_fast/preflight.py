@@ -162,7 +162,7 @@ def _data(config: Config) -> str:
     if data_dir is not None and is_prepared(data_dir):
         index = read_index(data_dir)
         return f"{data_dir}: {index.train.tokens:,} training and {index.validation.tokens:,} held-out tokens"
-    corpus = scan(data_dir)
+    corpus = scan(data_dir, config.data.text_column)
     skipped = f", {len(corpus.skipped)} files cannot be used" if corpus.skipped else ""
     return f"{data_dir or 'the standard library’s source'}: {len(corpus.files):,} files{skipped}"
 

@@ -150,6 +150,9 @@ def _prepare(config: Config) -> Path:
         vocab_size=config.model.vocab_size,
         tokenizer_name=data.tokenizer_name,
         validation_fraction=data.validation_fraction,
+        text_column=data.text_column,
+        filters=config.filters,
+        max_loss=data.max_loss,
         progress=config.logging.progress,
     )
 

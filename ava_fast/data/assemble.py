@@ -65,7 +65,7 @@ def check_loss(counts: Tally, max_loss: float, source: str) -> None:
         return
     worst = "; ".join(place for place, _ in counts.lost_to.most_common(3))
     raise UserError(
-        f"data.max_loss: {counts.loss.share:.1%} of {source} cannot be read, more than {max_loss:.1%}"
+        f"data.max_loss: {counts.loss.share:.2%} of {source} cannot be read, more than {max_loss:.2%}"
         f"{f': {worst}' if worst else ''}; mend or remove these, or raise data.max_loss (`ava-fast validate` shows all)"
     )
 

@@ -12,13 +12,12 @@ import inspect
 import re
 from collections.abc import Callable
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from ava_fast.config import Count, Fraction, Positive, Section
+from ava_fast.config import FiltersConfig
 from ava_fast.errors import UserError
 
 PERMUTATIONS = 128
@@ -32,31 +31,15 @@ _WHITE = re.compile(r"\S+")
 Hook = Callable[[str], str | None]
 
 
-class Filters(Section):
-    """Which documents are left out. The defaults leave out exact copies only."""
-
-    min_length: Count = 0
-    """Characters."""
-    max_repetition: Fraction | None = None
-    """Share of a document's runs of four words that occur in it before."""
-    max_consecutive_repeats: Positive | None = None
-    """The same word, or the same line, this often in a row."""
-    exact_duplicates: bool = True
-    """Leave out documents that equal an earlier one."""
-    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Leave out documents whose sets of five-word runs have this much in common with an earlier one's (Jaccard)."""
-    hook: str | None = None
-    """`module:function`, called with each text: why to leave it out (a language, a low quality), or None."""
-
-    def reject(self, text: str) -> str | None:
-        """Why a document is left out, in words that are the same for many, or None. Says nothing of duplicates."""
-        if len(text.strip()) < self.min_length:
-            return f"shorter than {self.min_length:,} characters"
-        if self.max_consecutive_repeats is not None and longest_run(text) > self.max_consecutive_repeats:
-            return f"one word or line more than {self.max_consecutive_repeats:,} times in a row"
-        if self.max_repetition is not None and repetition(text) > self.max_repetition:
-            return f"repetition above {self.max_repetition:g}"
-        return None
+def reject(filters: FiltersConfig, text: str) -> str | None:
+    """Why a document is left out, in words that are the same for many, or None. Says nothing of duplicates."""
+    if len(text.strip()) < filters.min_length:
+        return f"shorter than {filters.min_length:,} characters"
+    if filters.max_consecutive_repeats is not None and longest_run(text) > filters.max_consecutive_repeats:
+        return f"one word or line more than {filters.max_consecutive_repeats:,} times in a row"
+    if filters.max_repetition is not None and repetition(text) > filters.max_repetition:
+        return f"repetition above {filters.max_repetition:g}"
+    return None
 
 
 def longest_run(text: str) -> int:
@@ -89,7 +72,7 @@ def load_hook(name: str | None) -> tuple[Hook | None, str]:
             raise ValueError("is not a function")
         source = inspect.getsource(module)
     except (ImportError, AttributeError, ValueError, OSError, TypeError) as error:
-        raise UserError(f"data.hook: {name} cannot be used: {error}; give module:function, importable") from None
+        raise UserError(f"filters.hook: {name} cannot be used: {error}; give module:function, importable") from None
     return hook, hashlib.sha256(source.encode()).hexdigest()
 
 
@@ -108,7 +91,7 @@ def near_duplicates_library() -> Any:
     try:
         import rensa
     except ImportError:
-        raise UserError("data.near_duplicates: needs rensa: pip install 'ava-fast[near-duplicates]'") from None
+        raise UserError("filters.near_duplicates: needs rensa: pip install 'ava-fast[near-duplicates]'") from None
     return rensa
 
 

@@ -139,9 +139,8 @@ def detect_open(file: BinaryIO, size: int, promises_text: bool, text_column: str
             return _refuse(compression, f"is Parquet or Arrow inside {compression}; unpack it", damaged=True)
         head, tail = content[:SAMPLE_BYTES], b""
         windows = _windows(io.BytesIO(content), head, len(content))
-    if not size or not head.strip():
-        if not any(window.strip() for window in windows):
-            return _refuse(None, "is empty")
+    if not head.strip() and not any(window.strip() for window in windows):
+        return _refuse(None, "is empty")
     for mark, encoding in _BOMS:
         if head.startswith(mark):
             return _marked(head, encoding, compression)
@@ -353,9 +352,7 @@ def _judge(
 
 def _is_json_object(head: bytes) -> bool:
     """A string, a colon and a value follow the brace: JSON rather than a program."""
-    return (
-        re.match(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:', head) is not None or re.match(rb"\s*\{\s*\}\s*$", head) is not None
-    )
+    return re.match(rb'\s*\{\s*(?:"(?:[^"\\]|\\.)*"\s*:|\}\s*$)', head) is not None
 
 
 def _array_elements(head: bytes) -> tuple[list[Any] | None, bool]:
@@ -363,7 +360,8 @@ def _array_elements(head: bytes) -> tuple[list[Any] | None, bool]:
     if head.lstrip()[:1] != b"[":
         return None, False
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head).lstrip()
-    decoder, elements, at = json.JSONDecoder(), [], 1
+    decoder, at = json.JSONDecoder(), 1
+    elements: list[Any] = []
     while len(elements) < SAMPLES:
         at += len(text[at:]) - len(text[at:].lstrip())
         if text[at : at + 1] == "]":

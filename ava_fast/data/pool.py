@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -37,6 +38,7 @@ def run_tasks(
     for task in tasks:
         queue.put(task)
     lock, stop = threading.Lock(), threading.Event()
+    path = os.pathsep.join(filter(None, sys.path))
     workers: set[subprocess.Popen[str]] = set()
 
     def start() -> subprocess.Popen[str]:
@@ -48,7 +50,7 @@ def run_tasks(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for this process, which then ends its workers
             )  # fmt: skip
             workers.add(worker)
@@ -59,10 +61,8 @@ def run_tasks(
         code = worker.wait()
         for pipe in (worker.stdin, worker.stdout):
             if pipe is not None:
-                try:
+                with suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
         with lock:
             workers.discard(worker)
         return code

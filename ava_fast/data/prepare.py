@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +27,11 @@ import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from ava_fast.config import FiltersConfig
 from ava_fast.data import pool
 from ava_fast.data.assemble import Tally, assemble, check_loss, tally
 from ava_fast.data.corpus import Corpus, scan, split
-from ava_fast.data.filters import Filters, load_hook, near_duplicates_library
+from ava_fast.data.filters import load_hook, near_duplicates_library
 from ava_fast.data.shards import FORMAT_VERSION, check_vocabulary, is_prepared, read_index
 from ava_fast.data.tokenizer import (
     end_of_text_id,
@@ -40,7 +42,7 @@ from ava_fast.data.tokenizer import (
 )
 from ava_fast.data.work import BATCH_CHARACTERS, Plan, Worker, batches, finished_tasks, make_plan, write_lost
 from ava_fast.errors import UserError
-from ava_fast.files import write_synced
+from ava_fast.files import write_whole
 
 PROCESS_BYTES = 32 << 20
 """Text that makes another process worth its start; less is tokenized by this one, on every core all the same."""
@@ -59,7 +61,7 @@ def prepare(
     tokenizer_name: str | Path | None = None,
     validation_fraction: float = 0.05,
     text_column: str | None = None,
-    filters: Filters | None = None,
+    filters: FiltersConfig | None = None,
     max_loss: float = 0.01,
     processes: int | None = None,
     progress: bool = True,
@@ -87,9 +89,9 @@ def prepare(
     given = None if tokenizer_name is None else _Encoder.load(tokenizer_name)
     if given is not None:
         check_vocabulary(given.vocab_size, vocab_size)
-    filters = filters or Filters()
+    filters = filters or FiltersConfig()
     if data_dir is None:
-        filters = Filters(exact_duplicates=False)
+        filters = FiltersConfig(exact_duplicates=False)
     if filters.near_duplicates is not None:
         near_duplicates_library()
     corpus = scan(data_dir, text_column)
@@ -130,7 +132,7 @@ def _make(
     given: _Encoder | None,
     vocab_size: int,
     validation_fraction: float,
-    filters: Filters,
+    filters: FiltersConfig,
     max_loss: float,
     processes: int | None,
     progress: bool,
@@ -140,7 +142,7 @@ def _make(
     plan = make_plan(corpus.files, filters, validation_fraction if only else 0.0)
     logger.info("preparing %d files: %s", len(corpus.files), corpus.source)
     encoder = given or _Encoder.trained(plan, work / "tokenizer.json", vocab_size, validation_fraction, progress)
-    _write_whole(work / "tokenizer.json", encoder.json)
+    write_whole(work / "tokenizer.json", encoder.json)
     _tokenize(work, corpus, plan, encoder, max_loss, processes, progress)
     counts = tally(work, corpus, plan)
     check_loss(counts, max_loss, corpus.source)
@@ -171,7 +173,7 @@ def _tokenize(
     already = sum(item.lost for item in corpus.skipped)
     allowed = max_loss * (readable + already) - already
     lost = tokens = 0
-    with _bar(readable * len(missing) // max(1, len(plan.tasks)), "tokenizing", progress) as bar:
+    with progress_bar(readable * len(missing) // max(1, len(plan.tasks)), "tokenizing", progress) as bar:
 
         def report(message: dict[str, Any]) -> None:
             nonlocal lost, tokens
@@ -195,7 +197,7 @@ def _tokenize(
                     "dtype": dtype,
                     "batch_characters": BATCH_CHARACTERS,
                 }
-                _write_whole(work / "plan.json", json.dumps(tree).encode())
+                write_whole(work / "plan.json", json.dumps(tree, default=str).encode())
                 pool.run_tasks(
                     work / "plan.json",
                     missing,
@@ -249,12 +251,6 @@ def _work_folder(work: Path, folder: Path) -> Iterator[Path | None]:
             os.close(lock)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    write_synced(temporary, data)
-    temporary.rename(path)
-
-
 @dataclass(frozen=True)
 class _Encoder:
     """A tokenizer, the bytes of its file and the id that ends a document."""
@@ -274,7 +270,7 @@ class _Encoder:
         if saved.exists():
             return cls.load(saved)
         size = sum(file.size for file in plan.files)
-        with _bar(min(size, TRAINING_BYTES), "training tokenizer", progress) as bar:
+        with progress_bar(min(size, TRAINING_BYTES), "training tokenizer", progress) as bar:
             tokenizer = train_tokenizer(training_texts(plan, validation_fraction, bar.update), vocab_size)
         return cls(tokenizer, tokenizer.to_str(pretty=True).encode(), end_of_text_id(tokenizer))
 
@@ -305,7 +301,8 @@ def training_texts(plan: Plan, validation_fraction: float, passed: Callable[[int
             passed(batch.read)
 
 
-def _bar(total: int, description: str, progress: bool) -> tqdm[NoReturn]:
+def progress_bar(total: int, description: str, progress: bool) -> tqdm[NoReturn]:
+    """Bytes, MB/s and ETA on stderr, for what takes more than two seconds, on a terminal."""
     return tqdm(
         total=total,
         desc=description,
@@ -321,7 +318,7 @@ def _key(
     given: _Encoder | None,
     vocab_size: int,
     validation_fraction: float,
-    filters: Filters,
+    filters: FiltersConfig,
     text_column: str | None,
 ) -> str:
     recipe = {
@@ -333,7 +330,7 @@ def _key(
         "text_column": text_column,
         "filters": filters.model_dump(),
         "hook": load_hook(filters.hook)[1],
-        "minhash": None if filters.near_duplicates is None else near_duplicates_library().__version__,
+        "minhash": None if filters.near_duplicates is None else version("rensa"),
     }
     return _sha256(json.dumps(recipe).encode())[:16]
 

@@ -3,8 +3,8 @@
     for item in read(path, part):          # Part("jsonl", start=0, stop=16 << 20, column="text")
         ...                                # Record(text, where, position) or Lost(reason, where, position)
 
-A part is a stretch of bytes of a text or JSONL file, of row groups of a Parquet file, of record batches of an Arrow file,
-or a whole file of another kind. The parts of a file hold each of its records once. No record is longer than
+A part is a stretch of bytes of a text or JSONL file, of row groups of a Parquet file, of record batches of an Arrow
+file, or a whole file of another kind. The parts of a file hold each of its records once. No record is longer than
 `LONGEST_RECORD`, and nothing larger is ever in memory.
 """
 
@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -69,7 +70,7 @@ class Lost(NamedTuple):
 class Lines(NamedTuple):
     """Comes last of a part of a JSONL file: how many lines it has."""
 
-    count: int
+    total: int
 
 
 Item = Record | Lost | Lines
@@ -79,11 +80,11 @@ def divide(kind: Kind, path: Path, size: int, compression: Compression | None, e
     """A file's parts as (start, stop), in order; the same at every call."""
     if compression is None and kind == "jsonl":
         edges = [*range(0, size, PART_BYTES), size]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
     if compression is None and kind == "text" and encoding == "utf-8-sig" and size > LONGEST_TEXT:
         with path.open("rb") as file:
             edges = [0, *(_text_edge(file, edge) for edge in range(LONGEST_TEXT, size, LONGEST_TEXT)), size]
-        return [(start, stop) for start, stop in zip(edges, edges[1:], strict=False) if start < stop]
+        return [(start, stop) for start, stop in pairwise(edges) if start < stop]
     if kind == "parquet":
         import pyarrow.parquet
 
@@ -294,7 +295,7 @@ def _lines(stream: BinaryIO, start: int, stop: int | None) -> Iterator[tuple[byt
 
 def _read_block(stream: BinaryIO, size: int) -> bytes:
     # read1: what lies before a break in compressed data comes out before the break is reported
-    return stream.read1(size)  # type: ignore[attr-defined,no-any-return]
+    return stream.read1(size)  # type: ignore[attr-defined]
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -42,7 +42,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 DOCUMENT = np.dtype([("end", "<u8"), ("bytes", "<u4"), ("source", "<u4")])
-"""A document in `documents.bin`: the split's tokens up to and with its end of text, its UTF-8, its place in `sources`."""
+"""A document in `documents.bin`: the split's tokens up to and with its end, its UTF-8, which of `sources`."""
 
 
 class Shard(Section):
@@ -105,8 +105,8 @@ class Index(Section):
     """What was not read; `skipped.jsonl` says why, a line each."""
     train: SplitIndex
     validation: SplitIndex
-    sources: list[Source] = []
-    rejected: dict[str, Count] = {}
+    sources: list[Source] = Field(default_factory=list)
+    rejected: dict[str, Count] = Field(default_factory=dict)
     """Documents that the filters left out, by reason; `rejected.jsonl` shows one of each."""
     loss: Loss | None = None
 
@@ -291,8 +291,9 @@ class TokenStream:
 def _write_lines(file: Path, entries: Iterable[dict[str, Any]]) -> int:
     count = 0
     with file.open("w", encoding="ascii") as lines:
-        for count, entry in enumerate(entries, 1):
+        for entry in entries:
             lines.write(json.dumps(entry) + "\n")
+            count += 1
     sync(file)
     return count
 

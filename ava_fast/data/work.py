@@ -3,8 +3,8 @@
     python -m ava_fast.data.work PLAN.json     # started by `pool`: task numbers on stdin, a line of JSON per batch back
 
 A task is a list of parts of files, the same however many processes share the work. Each batch of it is written whole or
-not at all, so that a killed run goes on with the first batch that is missing, and the batches in the order of their names
-are the result whoever computed them.
+not at all, so that a killed run goes on with the first batch that is missing. The batches in the order of their names
+are the result, whoever computed them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ava_fast.config import FiltersConfig
 from ava_fast.data.corpus import File, unit_hash
-from ava_fast.data.filters import PERMUTATIONS, Filters, load_hook, signature
+from ava_fast.data.filters import PERMUTATIONS, load_hook, reject, signature
 from ava_fast.data.readers import PART_BYTES, Lines, Lost, Part, Record, divide, read
 from ava_fast.data.tokenizer import cut, load_tokenizer
 from ava_fast.errors import UserError
@@ -79,14 +80,14 @@ class Plan:
 
     files: list[File]
     tasks: list[list[Span]]
-    filters: Filters
+    filters: FiltersConfig
     heldout_share: float = 0.0
     """Share of the characters of the only document of the corpus that are held out; 0 where there are more."""
 
     def dump(self) -> dict[str, Any]:
         """As JSON, for `load`."""
         return {
-            "files": [[str(value) if isinstance(value, Path) else value for value in vars(f).values()] for f in self.files],
+            "files": [[*vars(file).values()] for file in self.files],
             "tasks": self.tasks,
             "filters": self.filters.model_dump(),
             "heldout_share": self.heldout_share,
@@ -96,10 +97,10 @@ class Plan:
     def load(cls, tree: dict[str, Any]) -> Plan:
         files = [File(name, Path(path), *rest) for name, path, *rest in tree["files"]]
         tasks = [[(number, start, stop) for number, start, stop in task] for task in tree["tasks"]]
-        return cls(files, tasks, Filters(**tree["filters"]), tree["heldout_share"])
+        return cls(files, tasks, FiltersConfig(**tree["filters"]), tree["heldout_share"])
 
 
-def make_plan(files: list[File], filters: Filters, heldout_share: float = 0.0) -> Plan:
+def make_plan(files: list[File], filters: FiltersConfig, heldout_share: float = 0.0) -> Plan:
     """Small text files share a task; every other part of a file is one."""
     tasks: list[list[Span]] = []
     small: list[Span] = []
@@ -133,13 +134,13 @@ def batches(plan: Plan, task: list[Span], characters: int) -> Iterator[Batch]:
         before = 0 if file.kind in ("parquet", "arrow_file") else start
         for item in _read(plan, file, start, stop):
             if isinstance(item, Lines):
-                batch.events.append(Event("lines", number, {"line": item.count}))
+                batch.events.append(Event("lines", number, {"line": item.total}))
                 continue
             batch.read, before = batch.read + max(0, item.position - before), max(before, item.position)
             if isinstance(item, Lost):
                 _add_loss(batch.events, Event("lost", number, item.where, item.reason, item.bytes, item.records))
             else:
-                reason = plan.filters.reject(item.text)
+                reason = reject(plan.filters, item.text)
                 if reason is None and hook is not None:
                     reason = _ask(hook, item.text, file, plan.filters.hook)
                 if reason is None:
@@ -186,10 +187,10 @@ def _ask(hook: Callable[[str], str | None], text: str, file: File, name: str | N
         answer = hook(text)
     except Exception as error:
         raise UserError(
-            f"data.hook: {name} failed on a text of {file.path}: {type(error).__name__}: {error}"
+            f"filters.hook: {name} failed on a text of {file.path}: {type(error).__name__}: {error}"
         ) from error
     if answer is not None and not isinstance(answer, str):
-        raise UserError(f"data.hook: {name} gave a {type(answer).__name__}; it must give a reason, or None to keep")
+        raise UserError(f"filters.hook: {name} gave a {type(answer).__name__}; it must give a reason, or None to keep")
     return answer and answer[:200]
 
 
@@ -284,7 +285,7 @@ def save_batch(path: Path, events: list[Event], arrays: dict[str, npt.NDArray[An
     text = json.dumps([list(event) for event in events]).encode()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, events=np.frombuffer(text, np.uint8), **arrays)  # type: ignore[arg-type]
+        np.savez(file, allow_pickle=False, events=np.frombuffer(text, np.uint8), **arrays)
     sync(temporary)
     temporary.rename(path)
 
