@@ -233,7 +233,7 @@ def _jsonl(file: BinaryIO, part: Part) -> Iterator[Item]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig"))
+                value = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 yield Lost(f"is not UTF-8: byte {error.start} of the line", {"line": number}, position, length)
             except RecursionError:
@@ -252,50 +252,52 @@ def _jsonl(file: BinaryIO, part: Part) -> Iterator[Item]:
 
 
 def _lines(stream: BinaryIO, start: int, stop: int | None) -> Iterator[tuple[bytes | None, int]]:
-    """The lines that begin in [start, stop), None in place of one that is too long, and their lengths.
-
-    Lines are looked for in large blocks: a file may be one hole of many GiB.
-    """
-    at = start  # of the first byte of `kept`
-    kept = b""
-    skipping = skipped = 0  # in a line that is passed over: 1 one that began before the part, 2 one that is too long
+    """The lines that begin in [start, stop), None in place of one that is too long, and their lengths."""
+    at, kept = start, b""  # where `kept` begins
     if start:
-        at -= 1
-        stream.seek(at)
-        skipping = 1
-    while True:
+        stream.seek(start - 1)
+        passed, kept = _pass_line(stream, stop)  # one that began before
+        at = start - 1 + passed
+    while stop is None or at < stop:
         begin = 0
         while (end := kept.find(b"\n", begin)) >= 0:
-            if skipping:
-                if skipping == 2:
-                    yield None, skipped + end + 1 - begin
-                skipping = skipped = 0
-            else:
-                length = end + 1 - begin
-                yield kept[begin : end + 1] if length <= LONGEST_RECORD else None, length
+            length = end + 1 - begin
+            yield kept[begin : end + 1] if length <= LONGEST_RECORD else None, length
             begin = end + 1
             if stop is not None and at + begin >= stop:
                 return
         kept, at = kept[begin:], at + begin
-        if not skipping and len(kept) > LONGEST_RECORD:
-            skipping = 2
-        if skipping:
-            skipped, at, kept = skipped + len(kept), at + len(kept), b""
-            if stop is not None and at >= stop:
-                break
-        block = _read_block(stream, max(_BLOCK, len(kept)))
+        if len(kept) > LONGEST_RECORD:
+            length = len(kept)
+            kept = b""
+            passed, kept = _pass_line(stream, None)
+            yield None, length + passed
+            at += length + passed
+            continue
+        # read1: what lies before a break in compressed data comes out before the break is reported
+        block = stream.read1(max(_BLOCK, len(kept)))  # type: ignore[attr-defined]
         if not block:
-            break
+            if kept:
+                yield kept, len(kept)
+            return
         kept += block
-    if skipping == 2:
-        yield None, skipped
-    elif kept and not skipping:
-        yield kept, len(kept)
 
 
-def _read_block(stream: BinaryIO, size: int) -> bytes:
-    # read1: what lies before a break in compressed data comes out before the break is reported
-    return stream.read1(size)  # type: ignore[attr-defined]
+def _pass_line(stream: BinaryIO, stop: int | None) -> tuple[int, bytes]:
+    """Reads to the next line, or to `stop`: how many bytes were passed over, and what of the next was read with them.
+
+    A file may be one hole of many GiB: the same memory is read into again and again.
+    """
+    block, passed = bytearray(_BLOCK), 0
+    place = stream.tell() if stop is not None else 0
+    while count := stream.readinto1(block):  # type: ignore[attr-defined]
+        end = block.find(b"\n", 0, count)
+        if end >= 0:
+            return passed + end + 1, bytes(block[end + 1 : count])
+        passed += count
+        if stop is not None and place + passed >= stop:
+            break
+    return passed, b""
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
