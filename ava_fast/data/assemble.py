@@ -106,9 +106,12 @@ def assemble(
         _reject_copies(counts, NEAR, left_out, paths, edges, table, plan, tokenizer)
         kept &= ~left_out
     heldout = _sides(table["unit"], kept, validation_fraction, corpus.source)
-    names = sorted({file.source for file in plan.files})
-    source_of = np.array([names.index(file.source) for file in plan.files])
-    sources = [Source(name=name, files=_formats(plan.files, name)) for name in names]
+    formats: dict[str, Counter[str]] = {}
+    for file in plan.files:
+        formats.setdefault(file.source, Counter())[format_of(file)] += 1
+    sources = [Source(name=name, files=dict(sorted(formats[name].items()))) for name in sorted(formats)]
+    place = {source.name: number for number, source in enumerate(sources)}
+    source_of = np.array([place[file.source] for file in plan.files])
     write_shards(
         folder,
         _pieces(paths, edges, table, kept & ~heldout, source_of),
@@ -127,10 +130,6 @@ def assemble(
 def format_of(file: File) -> str:
     """Its kind as people call it: `jsonl`, `text.gzip`."""
     return file.kind + (f".{file.compression}" if file.compression else "")
-
-
-def _formats(files: list[File], source: str) -> dict[str, int]:
-    return dict(sorted(Counter(format_of(file) for file in files if file.source == source).items()))
 
 
 def _batch_paths(work: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Every format becomes the same shards however many processes do it and whenever they are killed; losses are limited."""
+"""Every format becomes the same shards, by however many processes and whenever they are killed; losses are limited."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(source: Path, output: Path, tokenizer: Path, **changes: Any) -> Path:
-    options = {"vocab_size": 300, "tokenizer_name": tokenizer, "progress": False, **changes}
-    return prepare(source, output, **options)
+    return prepare(source, output, **{"vocab_size": 300, "tokenizer_name": tokenizer, "progress": False, **changes})
 
 
 def documents(folder: Path) -> dict[str, list[str]]:
@@ -120,7 +119,8 @@ def save_and_die(*arguments):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 work.save_batch = save_and_die
-print(prepare.prepare(sys.argv[1], sys.argv[2], vocab_size=300, tokenizer_name={str(tokenizer)!r}, progress=False, processes=1))
+options = dict(vocab_size=300, tokenizer_name={str(tokenizer)!r}, progress=False, processes=1)
+print(prepare.prepare(sys.argv[1], sys.argv[2], **options))
 """
 
     def run(output: Path, dies_after: int) -> subprocess.CompletedProcess[str]:
@@ -158,7 +158,8 @@ import sys
 import ava_fast.data.prepare as prepare, ava_fast.data.readers as readers, ava_fast.data.work as work
 readers.PART_BYTES = work.PART_BYTES = 20_000
 prepare.BATCH_CHARACTERS = 5_000
-prepare.prepare(sys.argv[1], sys.argv[2], vocab_size=300, tokenizer_name={str(tokenizer)!r}, progress=False, processes=2)
+options = dict(vocab_size=300, tokenizer_name={str(tokenizer)!r}, progress=False, processes=2)
+prepare.prepare(sys.argv[1], sys.argv[2], **options)
 """
     process = subprocess.Popen([sys.executable, "-c", script, str(source), str(tmp_path / "out")])
     deadline = time.monotonic() + 60
@@ -287,8 +288,8 @@ def test_a_single_record_cannot_be_divided(tmp_path: Path, tokenizer: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hundred_thousand_small_files(tmp_path: Path, tokenizer: Path) -> None:
-    source = tmp_path / "texts"
+def test_a_hundred_thousand_small_files(memory_folder: Path, tokenizer: Path) -> None:
+    source = memory_folder / "texts"
     for folder in range(100):
         (source / f"{folder}").mkdir(parents=True)
         descriptor = os.open(source / f"{folder}", os.O_RDONLY)
@@ -297,7 +298,7 @@ def test_a_hundred_thousand_small_files(tmp_path: Path, tokenizer: Path) -> None
             os.write(file, b"%d %d" % (folder, number))
             os.close(file)
         os.close(descriptor)
-    folder = make(source, tmp_path / "out", tokenizer)
+    folder = make(source, memory_folder / "out", tokenizer)
     index = read_index(folder)
     assert index.train.documents + index.validation.documents == 100_000
     assert len(index.sources) == 100

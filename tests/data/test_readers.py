@@ -8,8 +8,7 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,13 +227,6 @@ def test_a_line_that_is_too_long_is_named_and_the_next_is_read(tmp_path: Path, m
         (lost,) = losses(everything)
         assert lost.reason == "is longer than 0 MiB"
         assert lost.bytes == len(long)
-
-
-@pytest.fixture
-def memory_folder(tmp_path: Path) -> Iterator[Path]:
-    """In a file system in memory, if there is one: a hole is read several times as fast there."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
-        yield Path(folder)
 
 
 def test_a_hole_of_20_gb_is_read_in_bounded_memory(memory_folder: Path) -> None:
