@@ -8,12 +8,12 @@ folder says which did, from which commit. A download that was interrupted goes o
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +24,13 @@ from pydantic import Field, ValidationError
 
 from ava_fast.config import Section
 from ava_fast.data.formats import DATA_SUFFIXES
+from ava_fast.data.prepare import progress_bar
 from ava_fast.errors import UserError
-from ava_fast.files import write_whole
+from ava_fast.files import sync, write_whole
 
 CURATED = Path(__file__).with_name("manifest.yaml")
 ATTEMPTS = 5
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 BACK_OFF_SECONDS = 1.0
 """Before the second attempt; twice as long before each next one."""
 
@@ -71,8 +73,8 @@ def read_manifest(path: Path) -> list[Entry]:
 def download(dataset: str | None, manifest: str | None, output: Path, max_files: int | None = None) -> list[Path]:
     """The folders of one data set, or of all in a manifest.
 
-    Raises UserError where a data set does not exist or is gated, where the hub cannot be reached, and where a file keeps
-    failing; what had arrived stays for the next call.
+    Raises UserError where a data set does not exist or is gated, where the hub cannot be reached, and where a file
+    keeps failing; what had arrived stays for the next call.
     """
     if manifest is not None:
         entries = read_manifest(Path(manifest))
@@ -89,95 +91,122 @@ def download(dataset: str | None, manifest: str | None, output: Path, max_files:
 
 def _fetch(entry: Entry, folder: Path, max_files: int | None) -> Path:
     hub = _library()
-    if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()
-    api = hub.HfApi()
-    info = _retry(
-        lambda: api.dataset_info(entry.repository, revision=entry.revision, files_metadata=True), entry, ATTEMPTS - 2
-    )
-    license_name = entry.license if entry.license != "not given" else str((info.card_data or {}).get("license"))
-    wanted = sorted(
-        (item for item in info.siblings or [] if _is_wanted(item.rfilename, entry.files)),
-        key=lambda item: item.rfilename,
-    )[:max_files]
+
+    def list_files() -> Any:
+        return hub.HfApi().dataset_info(entry.repository, revision=entry.revision, files_metadata=True)
+
+    info = _retry(list_files, entry, ATTEMPTS - 2)
+    listed = sorted(info.siblings or [], key=lambda item: item.rfilename)
+    wanted = [item for item in listed if _is_wanted(item.rfilename, entry.files)][:max_files]
     if not wanted:
-        raise UserError(
-            f"--dataset: {entry.repository} has no file that matches {entry.files or 'a format that is read'}"
-        )
+        what = f"matches {', '.join(entry.files)}" if entry.files else "is of a format that is read"
+        raise UserError(f"--dataset: {entry.repository} has no file that {what}")
+    license_name = entry.license if entry.license != "not given" else str((info.card_data or {}).get("license"))
     total = sum(item.size or 0 for item in wanted)
-    logger.info(
-        "%s at %s, license %s: %d files, %.1f MB", entry.repository, info.sha, license_name, len(wanted), total / 1e6
-    )
+    logger.info("%s at %s: %d files, license %s", entry.repository, info.sha, len(wanted), license_name)
     record_file = folder / ".download.json"
     record = _read_record(record_file)
     if record.get("revision") != info.sha:  # other content under the same names
         record = {"repository": entry.repository, "revision": info.sha, "license": license_name, "files": {}}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar(total, entry.name, True) as bar:
         for item in wanted:
             arrived = folder / item.rfilename
             if item.rfilename in record["files"] and arrived.is_file() and arrived.stat().st_size == item.size:
+                bar.update(item.size)
                 continue
-            record["files"][item.rfilename] = _retry(
-                lambda item=item: _fetch_file(hub, entry, info.sha, item, folder), entry, ATTEMPTS
-            )
+            record["files"][item.rfilename] = _fetch_file(entry, info.sha, item, arrived, bar.update)
             write_whole(record_file, json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be written: {error.strerror or error}") from None
     return folder
 
 
-def _fetch_file(hub: Any, entry: Entry, revision: str, item: Any, folder: Path) -> dict[str, Any]:
-    """Fetches one file, or the rest of it, and compares it with the hub's checksum. What differs is removed."""
-    path = Path(
-        hub.hf_hub_download(entry.repository, item.rfilename, repo_type="dataset", revision=revision, local_dir=folder)
-    )
-    sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+def _fetch_file(
+    entry: Entry, revision: str, item: Any, target: Path, passed: Callable[[int], object]
+) -> dict[str, Any]:
+    """Fetches a file, or the rest of one that an earlier call began, and compares it with the hub's checksum."""
+    hub = _library()
+    url = hub.hf_hub_url(entry.repository, item.rfilename, repo_type="dataset", revision=revision)
+    part = target.with_name(f".{target.name}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def attempt() -> dict[str, Any]:
+        size = _size(part)
+        headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
+        if size < item.size:
+            if size:
+                headers["Range"] = f"bytes={size}-"
+            session = hub.get_session()
+            with session.stream("GET", url, headers=headers, timeout=60, follow_redirects=True) as response:
+                hub.utils.hf_raise_for_status(response)
+                # A server that ignores the range sends all of it.
+                with part.open("ab" if response.status_code == 206 else "wb") as file:
+                    for block in response.iter_raw():
+                        file.write(block)
+                        passed(len(block))
+        if _size(part) < item.size:
+            raise ConnectionError(f"{item.rfilename} broke off after {_size(part):,} of {item.size:,} bytes")
+        sha256 = _verify(part, item)
+        sync(part)
+        part.replace(target)
+        return {"size": item.size, "sha256": sha256}
+
+    return _retry(attempt, entry, ATTEMPTS, lambda: _size(part))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _verify(path: Path, item: Any) -> str:
+    """SHA-256 of a file that is what the hub says; what is not is removed. Small files have git's checksum there."""
+    sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {_size(path)}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)
-            if item.lfs is None:
-                git.update(block)
+            git.update(block)
     expected, got = (item.lfs.sha256, sha256) if item.lfs is not None else (item.blob_id, git)
-    if expected is not None and got.hexdigest() != expected:
+    if got.hexdigest() != expected:
         path.unlink()
         raise _WrongChecksum(f"{item.rfilename} arrived with another checksum than the hub's")
-    return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}
+    return sha256.hexdigest()
 
 
 class _WrongChecksum(Exception):
     pass
 
 
-def _retry(action: Callable[[], Result], entry: Entry, attempts: int) -> Result:
-    """The action's result, tried again where that may help.
+def _retry(
+    action: Callable[[], Result], entry: Entry, attempts: int, progress: Callable[[], object] = lambda: None
+) -> Result:
+    """The action's result, tried again where that may help: `attempts` times since `progress()` last changed.
 
     Raises UserError. The hub's library raises what its HTTP library does, which differs by version: everything that it
-    does not say to be final is taken for a failure of the network.
+    does not say to be final, and that is not of the disk, is taken for a failure of the network.
     """
     errors = _library().errors
     final = {
         errors.GatedRepoError: "is gated: accept its terms on its page, then set HF_TOKEN",
         errors.RepositoryNotFoundError: "does not exist, or is private: check its name, or set HF_TOKEN",
         errors.RevisionNotFoundError: f"has no revision {entry.revision}",
-        errors.RemoteEntryNotFoundError: "lacks a file that it lists; try again later",
+        errors.EntryNotFoundError: "lacks a file that it lists; try again later",
         errors.HFValidationError: "is not a name on the hub",
     }
-    for attempt in range(1, attempts + 1):
+    failures, before = 0, progress()
+    while True:
         try:
             return action()
         except tuple(final) as error:
             reason = next(words for kind, words in final.items() if isinstance(error, kind))
             raise UserError(f"--dataset: {entry.repository} {reason}") from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (28, 122, 13, 30) and error.filename is not None:
-                raise  # the disk, not the network
-            if attempt == attempts or isinstance(error, errors.OfflineModeIsEnabled):
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise UserError(f"--output: {error.filename or 'a file'}: {error.strerror}; free some space") from None
+            now = progress()
+            failures, before = (failures if now == before else 0) + 1, now
+            if failures == attempts or isinstance(error, errors.OfflineModeIsEnabled):
                 raise UserError(_unreachable(entry, error)) from None
-            pause = BACK_OFF_SECONDS * 2 ** (attempt - 1)
+            pause = BACK_OFF_SECONDS * 2 ** (failures - 1)
             logger.warning("%s, trying again in %.0f s", _reason(error), pause)
             time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def _unreachable(entry: Entry, error: Exception) -> str:
