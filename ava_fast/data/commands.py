@@ -223,5 +223,7 @@ def _download(options: argparse.Namespace) -> int:
             print(line)
         return 0
     for folder in download(options.dataset, options.manifest, Path(options.output), options.max_files):
+        record = json.loads((folder / ".download.json").read_bytes())
+        print(f"{folder}: {len(record['files']):,} files at {record['revision'][:12]}, license {record['license']}")
         print(f"prepare it with: ava-fast prepare --data-dir {folder} --output shards")
     return 0

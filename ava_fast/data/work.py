@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from ava_fast.config import FiltersConfig
 from ava_fast.data.corpus import File, unit_hash
+from ava_fast.data.encoder import WordEncoder
 from ava_fast.data.filters import PERMUTATIONS, load_hook, reject, signature
 from ava_fast.data.readers import PART_BYTES, Lines, Lost, Part, Record, divide, read
 from ava_fast.data.tokenizer import cut, load_tokenizer
@@ -222,10 +223,8 @@ class Worker:
     """Computes batches of one plan into one folder."""
 
     def __init__(self, folder: Path, plan: Plan, tokenizer: Tokenizer, dtype: str, characters: int = BATCH_CHARACTERS):
-        self._folder, self._plan, self._tokenizer = folder, plan, tokenizer
+        self._folder, self._plan, self._encoder = folder, plan, WordEncoder(tokenizer)
         self._dtype, self._characters = np.dtype(dtype).newbyteorder("<"), characters
-        # A document that writes about "<|endoftext|>" means the characters, not the end of itself.
-        tokenizer.encode_special_tokens = True
 
     def run(self, task: int, call_characters: int, report: Callable[[dict[str, Any]], None]) -> None:
         """Completes a task: batches that are there already are read again but not computed."""
@@ -261,9 +260,8 @@ class Worker:
         size = 0
 
         def encode() -> Iterator[tuple[int, list[int]]]:
-            texts = [text for _, text in pieces]
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            return ((number, encoding.ids) for (number, _), encoding in zip(pieces, encodings, strict=True))
+            ids = self._encoder([text for _, text in pieces])
+            return ((number, tokens) for (number, _), tokens in zip(pieces, ids, strict=True))
 
         for number, document in enumerate(documents):
             for piece in cut(document.text):

@@ -144,8 +144,10 @@ def test_a_dataset_arrives_verified_and_is_not_fetched_again(tmp_path: Path, hub
     result = run(hub.endpoint, tmp_path, "--dataset", REPOSITORY)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "data" / "owner--corpus"
-    assert result.stdout.strip() == f"prepare it with: ava-fast prepare --data-dir {folder} --output shards"
-    assert "license cc0-1.0" in result.stderr
+    assert result.stdout.splitlines() == [
+        f"{folder}: 3 files at {COMMIT[:12]}, license cc0-1.0",
+        f"prepare it with: ava-fast prepare --data-dir {folder} --output shards",
+    ]
     for name in ("data/a.parquet", "data/b.jsonl", "other/c.parquet"):
         assert (folder / name).read_bytes() == hub.files[name]
     assert not (folder / "README.md").exists()
