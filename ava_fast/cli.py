@@ -1,7 +1,10 @@
 """`ava-fast <command>`: everything around a training run.
 
     ava-fast preflight --config configs/demo.yaml
-    ava-fast prepare --data-dir texts --output shards --vocab-size 32000
+    ava-fast validate texts
+    ava-fast tokenizer train --data-dir texts --output tokenizer --vocab-size 65536
+    ava-fast prepare --data-dir texts --output shards --tokenizer tokenizer
+    ava-fast download --dataset wikipedia --output texts
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from ava_fast.checkpoint import store
 from ava_fast.config import Config, load_config
+from ava_fast.data.commands import add_data_commands
 from ava_fast.errors import UserError
 
 
@@ -40,26 +44,6 @@ def _preflight(options: argparse.Namespace) -> int:
     checks = run_checks(load_config(options.config, options.override), options.world_size)
     print(table(checks))
     return 0 if all(check.ok for check in checks) else UserError.exit_code
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    from ava_fast.data.prepare import prepare
-    from ava_fast.data.shards import read_index
-
-    folder = prepare(
-        options.data_dir,
-        options.output,
-        vocab_size=options.vocab_size,
-        tokenizer_name=options.tokenizer,
-        validation_fraction=options.validation_fraction,
-    )
-    index = read_index(folder)
-    print(f"{index.train.tokens:,} training tokens in {index.train.documents:,} documents")
-    print(f"{index.validation.tokens:,} held-out tokens in {index.validation.documents:,} documents")
-    if index.skipped:
-        print(f"{index.skipped:,} files were not read: see {folder / 'skipped.jsonl'}")
-    print(f"train on it with --data-dir {folder}")
-    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -157,13 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks")
     command.set_defaults(command=_preflight)
 
-    command = commands.add_parser("prepare", help="turn a folder of text into token shards")
-    command.add_argument("--data-dir", help="the folder; the Python standard library's source if left out")
-    command.add_argument("--output", required=True, help="the shards go to a folder in here, named by their content")
-    command.add_argument("--vocab-size", type=int, default=32000)
-    command.add_argument("--tokenizer", help="a tokenizer.json, or a folder with one; trained if left out")
-    command.add_argument("--validation-fraction", type=float, default=0.05)
-    command.set_defaults(command=_prepare)
+    add_data_commands(commands)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

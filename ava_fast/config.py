@@ -147,11 +147,34 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] = 128
     """Tokens per training sequence (S)."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of documents held out, chosen by a hash of their path: never trained on."""
+    """Share of documents held out, chosen by a hash of their path, or of their text where a file holds many: never
+    trained on."""
     document_attention: bool = False
     """Tokens attend only to their own document, with positions counted from its start, in training and evaluation."""
     prefetch_batches: Annotated[int, Field(ge=0, le=1024)] = 2
     """Batches that a thread reads ahead, into page-locked memory where there is CUDA. 0: none."""
+    text_column: str | None = None
+    """Where a record of JSON, Parquet or Arrow has its text. None: `text`, or else `content`."""
+    max_loss: Fraction = 0.01
+    """Share of the data that may be unreadable, by bytes and by records; more is refused before anything is written."""
+
+
+class FiltersConfig(Section):
+    """Which documents of a folder of text are left out; the standard library's source is not filtered."""
+
+    min_length: Count = 0
+    """Characters that a document needs."""
+    max_repetition: Fraction | None = None
+    """Share of a document's runs of four words that occur in it before. None: any."""
+    max_consecutive_repeats: Positive | None = None
+    """Times that the same word, or the same line, may follow itself. None: any."""
+    exact_duplicates: bool = True
+    """Leave out documents that equal an earlier one."""
+    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Leave out documents whose set of five-word runs has about this much in common (Jaccard) with an earlier one's.
+    None: keep them. Needs `pip install 'ava-fast[near-duplicates]'`."""
+    hook: str | None = None
+    """`module:function`, called with each text; returns why to leave it out (a language, a low quality) or None."""
 
 
 class TrainingConfig(Section):
@@ -286,6 +309,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     moe: MoeConfig = MoeConfig()
     data: DataConfig = DataConfig()
+    filters: FiltersConfig = FiltersConfig()
     training: TrainingConfig = TrainingConfig()
     stability: StabilityConfig = StabilityConfig()
     memory: MemoryConfig = MemoryConfig()

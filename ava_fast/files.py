@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -12,6 +13,13 @@ def write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that has its old content, or none, until the new one is on the disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_synced(temporary, data)
+    temporary.rename(path)
 
 
 def sync(path: Path) -> None:

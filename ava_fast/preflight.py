@@ -158,16 +158,16 @@ def _disk(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
-    return "; ".join(_source(folder) for folder, _ in config.sources)
+    return "; ".join(_source(folder, config.data.text_column) for folder, _ in config.sources)
 
 
-def _source(data_dir: str | None) -> str:
+def _source(data_dir: str | None, text_column: str | None) -> str:
     if data_dir is not None and is_prepared(data_dir):
         index = read_index(data_dir)
         return f"{data_dir}: {index.train.tokens:,} training and {index.validation.tokens:,} held-out tokens"
-    corpus = scan(data_dir)
+    corpus = scan(data_dir, text_column)
     skipped = f", {len(corpus.skipped)} files cannot be used" if corpus.skipped else ""
-    return f"{data_dir or 'the standard library’s source'}: {len(corpus.documents):,} documents{skipped}"
+    return f"{data_dir or 'the standard library’s source'}: {len(corpus.files):,} files{skipped}"
 
 
 def _tokenizer(config: Config) -> str:

@@ -161,6 +161,9 @@ def _prepare(config: Config) -> list[Source]:
             vocab_size=config.model.vocab_size,
             tokenizer_name=None if has_one else tokenizer,
             validation_fraction=data.validation_fraction,
+            text_column=data.text_column,
+            filters=config.filters,
+            max_loss=data.max_loss,
             progress=config.logging.progress,
         )
         prepared.append(Source(shards, weight))

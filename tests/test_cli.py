@@ -92,6 +92,11 @@ def test_prepared_shards_are_trained_on_directly(tmp_path: Path, capsys: pytest.
         (["export", "{run}", "--output", "{tmp}/x", "--architecture", "qwen3_moe"], "qk_norm"),
         (["import", "{tmp}", "--output", "{tmp}/x"], "config.json"),
         (["prepare", "--data-dir", "{tmp}/nowhere", "--output", "{tmp}/x"], "nowhere"),
+        (["prepare", "--output", "{tmp}/x", "--near-duplicates", "0"], "--near-duplicates: 0.0 cannot be"),
+        (["prepare", "--output", "{tmp}/x", "--processes", "0"], "--processes: 0 is too few"),
+        (["tokenizer", "train", "--output", "{tmp}/x", "--vocab-size", "256"], "256 is too small"),
+        (["tokenizer", "check", "{tmp}"], "neither a tokenizer.json nor"),
+        (["download", "--dataset", "nothing", "--output", "{tmp}/x"], "'nothing' is neither owner/name nor one of"),
         (["preflight", "--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -108,5 +113,5 @@ def test_what_cannot_be_done_is_one_line_and_code_2(
 def test_the_command_is_installed() -> None:
     command = [str(Path(sys.executable).parent / "ava-fast"), "--help"]
     shown = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout
-    for name in ("preflight", "prepare", "generate", "export", "import"):
+    for name in ("preflight", "prepare", "tokenizer", "validate", "download", "generate", "export", "import"):
         assert name in shown

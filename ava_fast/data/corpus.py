@@ -1,28 +1,31 @@
-"""Documents: one per UTF-8 text file below a folder, or below the running Python's standard library.
+"""Files of text below a folder, or below the running Python's standard library, each with what it is.
 
     corpus = scan("my/texts")          # None: the standard library's source, without its tests
-    train, validation = split(corpus.documents, 0.05)
-    train[0].read()
+    corpus.files[0].kind, corpus.files[0].column
 
-Every file is read once to learn whether it is text and what its content hashes to, so that the same files give the same
-result wherever they lie and whenever they were written. What is not text is listed with the reason, never just dropped.
+Every file is looked at once to learn what it is (see `formats`) and what identifies its content, so that the same files
+give the same result wherever they lie. What is not text is listed with the reason, never just dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import platform
 import stat
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from ava_fast.data.formats import DATA_SUFFIXES, SAMPLES, Compression, Detected, Kind, detect_open
+from ava_fast.data.readers import LONGEST_TEXT
 from ava_fast.errors import UserError
 
-# UTF-8 or not, the bytes of these are records around the text rather than text.
-NOT_PLAIN_TEXT = frozenset({".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".gz", ".zst"})
+HASHED_BYTES = 64 << 20
+"""Larger files are identified by their size, their time and ten samples instead of all their content."""
 # What an installed Python keeps beside its own library's source. pydoc_data is the language reference as one generated
 # document, 6 % of the text; encodings is 12 %, mostly character tables that are near-copies of each other, so that a
 # model would have seen what is held out.
@@ -32,36 +35,62 @@ NOT_LIBRARY = frozenset(
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text file, or the characters [start, stop) of one."""
+class File:
+    """A file that can be read, or the characters [start, stop) of one of plain text."""
 
     name: str
     """Path relative to the corpus, with forward slashes."""
     path: Path
     sha256: str
-    """Of the whole file."""
+    """Of the whole file, or of what identifies a large one."""
     size: int
-    """Bytes of UTF-8."""
+    """Bytes; of plain text in UTF-8, that text's."""
+    mtime_ns: int = 0
+    kind: Kind = "text"
+    column: str | None = None
+    compression: Compression | None = None
+    encoding: str = "utf-8-sig"
     start: int = 0
     stop: int | None = None
 
+    @property
+    def source(self) -> str:
+        """The folder directly below the corpus that it lies in; `.` for none."""
+        folder, slash, _ = self.name.partition("/")
+        return folder if slash else "."
+
+    @property
+    def is_one_document(self) -> bool:
+        """It is plain text, short enough to stay whole."""
+        return self.kind == "text" and self.compression is None and self.size <= LONGEST_TEXT
+
     def read(self) -> str:
-        """Its text. Raises UserError if the file is no longer what `scan` saw."""
+        """The text of a file that is one document. Raises UserError if it is no longer what `scan` saw."""
         try:
-            text, sha256 = _read_text(self.path)
-        except _Unreadable as error:
-            raise UserError(f"data.data_dir: {self.path} {error}, though it was read before; prepare again") from None
-        if sha256 != self.sha256:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"data.data_dir: {self.path} cannot be read: {error.strerror}, though it was read before; prepare again"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
             raise UserError(f"data.data_dir: {self.path} changed while the folder was being prepared; prepare again")
-        return text[self.start : self.stop]
+        return data.decode(self.encoding)[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something below the folder that is not a document, and why."""
+    """Something below the folder that is not read, and why; a line of `skipped.jsonl`."""
 
     path: str
     reason: str
+    where: dict[str, int] = field(default_factory=dict)
+    """The place in the file: line, record, or row_group and row; `to` where several in a row are the same."""
+    lost: int = 0
+    """Bytes of data that should have been readable."""
+
+    def entry(self) -> dict[str, Any]:
+        """Path, place and reason."""
+        return {"path": self.path, **self.where, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -69,12 +98,12 @@ class Corpus:
     """What `scan` found, ordered by name."""
 
     source: str
-    documents: list[Document]
+    files: list[File]
     skipped: list[Skipped]
 
 
-def scan(data_dir: str | Path | None) -> Corpus:
-    """Every document below `data_dir`; None: the standard library's source. Hidden files and folders are left out.
+def scan(data_dir: str | Path | None, text_column: str | None = None) -> Corpus:
+    """Every file with text below `data_dir`; None: the standard library's source. What is hidden is left out.
 
     Raises UserError when the folder is missing or holds no text.
     """
@@ -91,23 +120,83 @@ def scan(data_dir: str | Path | None) -> Corpus:
             raise UserError(f"data.data_dir: '{data_dir}' {problem}")
         names, skipped = _walk(root)
         source = str(root.resolve())
-    documents = []
+    files = []
     for name in names:
-        path = root / name
-        try:
-            _, sha256 = _read_text(path)
-        except _Unreadable as error:
-            skipped.append(Skipped(name, str(error)))
+        found = look(root, name, text_column)
+        if isinstance(found, Skipped):
+            skipped.append(found)
         else:
-            documents.append(Document(name, path, sha256, path.stat().st_size))
+            files.append(found)
     skipped.sort(key=lambda item: item.path)
-    if not documents:
+    if not files:
         seen = f"skipped {len(skipped)}, such as {skipped[0].path}: {skipped[0].reason}" if skipped else "it is empty"
-        raise UserError(f"data.data_dir: '{root}' holds no readable UTF-8 text ({seen}); give a folder of text files")
-    return Corpus(source, documents, skipped)
+        raise UserError(f"data.data_dir: '{root}' holds no readable text ({seen}); see docs/data.md for what is read")
+    return Corpus(source, files, skipped)
 
 
-def split(documents: list[Document], validation_fraction: float) -> tuple[list[Document], list[Document]]:
+def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
+    """What one file is."""
+    path = root / name
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            return Skipped(name, "is not a regular file")
+        with path.open("rb") as file:
+            # A small file is read once, for its kind, its hash and whether all of it is text.
+            data = file.read() if status.st_size <= LONGEST_TEXT else None
+            content: BinaryIO = file if data is None else io.BytesIO(data)
+            found = detect_open(content, status.st_size, path.suffix.lower() in DATA_SUFFIXES, text_column)
+            identity = hashlib.sha256(data).hexdigest() if data is not None else _identity(file, status)
+    except OSError as error:
+        return Skipped(name, f"cannot be read: {error.strerror}", lost=1)
+    reason, damaged = found.refused, found.damaged
+    if data is not None and found.compression is None and found.encoding == "utf-8-sig":
+        reason, damaged = _whole_text(data, found)
+    if reason is not None:
+        return Skipped(name, reason, lost=status.st_size if damaged else 0)
+    assert found.kind is not None
+    return File(
+        name,
+        path,
+        identity,
+        status.st_size,
+        status.st_mtime_ns,
+        found.kind,
+        found.column,
+        found.compression,
+        found.encoding,
+    )
+
+
+def _whole_text(data: bytes, found: Detected) -> tuple[str | None, bool]:
+    """Why a file that was read whole is set aside, and whether that is damage, where its samples say plain text."""
+    if found.kind not in ("text", None) or (found.kind is None and "UTF-8" not in str(found.refused)):
+        return found.refused, found.damaged
+    if b"\0" in data:
+        return "is binary: it holds a NUL byte", found.damaged
+    try:
+        data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text: byte {error.start}", True
+    return found.refused, found.damaged
+
+
+def _identity(file: BinaryIO, status: os.stat_result) -> str:
+    """SHA-256 of a file's content, or of what changes with a large one's."""
+    digest = hashlib.sha256()
+    if status.st_size <= HASHED_BYTES:
+        file.seek(0)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    else:
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for number in range(SAMPLES + 1):
+            file.seek(max(0, (status.st_size - (1 << 16)) * number // SAMPLES))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def split(documents: list[File], validation_fraction: float) -> tuple[list[File], list[File]]:
     """(train, validation), both non-empty. A document's side depends on its name alone, so new files move no old ones.
 
     A document is held out when the hash of its name, as a number in [0, 1), is below `validation_fraction`. If that
@@ -122,8 +211,8 @@ def split(documents: list[Document], validation_fraction: float) -> tuple[list[D
         head = dataclasses.replace(document, size=size, stop=cut)
         tail = dataclasses.replace(document, size=document.size - size, start=cut)
         return [head], [tail]
-    by_hash = sorted(documents, key=lambda document: (_unit_hash(document.name), document.name))
-    held_out = sum(_unit_hash(document.name) < validation_fraction for document in documents)
+    by_hash = sorted(documents, key=lambda document: (unit_hash(document.name), document.name))
+    held_out = sum(unit_hash(document.name) < validation_fraction for document in documents)
     held_out = min(max(held_out, 1), len(documents) - 1)
     validation = {document.name for document in by_hash[:held_out]}
     return (
@@ -132,33 +221,9 @@ def split(documents: list[Document], validation_fraction: float) -> tuple[list[D
     )
 
 
-def _unit_hash(name: str) -> float:
+def unit_hash(name: str) -> float:
+    """A hash of a name, as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6], "big") / 2**48
-
-
-class _Unreadable(Exception):
-    """Why a file is not a document."""
-
-
-def _read_text(path: Path) -> tuple[str, str]:
-    """A file's text, without a byte order mark, and the SHA-256 of its bytes."""
-    if path.suffix.lower() in NOT_PLAIN_TEXT:
-        raise _Unreadable(f"is {path.suffix.lower()}, and only plain text is read")
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise _Unreadable("is not a regular file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise _Unreadable(f"cannot be read: {error.strerror}") from None
-    if b"\0" in data:
-        raise _Unreadable("is binary: it holds a NUL byte")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _Unreadable(f"is not UTF-8 text: byte {error.start}") from None
-    if not text.strip():
-        raise _Unreadable("is empty")
-    return text, hashlib.sha256(data).hexdigest()
 
 
 def _walk(root: Path, exclude: frozenset[str] = frozenset()) -> tuple[list[str], list[Skipped]]:

@@ -2,39 +2,52 @@
 
     folder = prepare(None, "outputs/data", vocab_size=1024)      # the standard library's source
 
-The result lies in `<cache_dir>/<key>`, where the key is a hash of everything that determines it: the documents' names
-and contents, the tokenizer, the held-out fraction, the format. Asking again finds it at once. Processes that prepare
-the same input at the same time do the work twice and agree on one result; in a distributed run, let one rank call this.
+The result lies in `<cache_dir>/<key>`, where the key is a hash of everything that determines it: the files' names and
+contents, the tokenizer, the filters, the held-out fraction, the format. Asking again finds it at once. What is finished
+of an interrupted run lies in `<cache_dir>/.<key>.work` and is not computed again. Processes that prepare the same input
+at the same time wait for the first; in a distributed run, let one rank call this.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ava_fast.data.corpus import Corpus, Document, scan, split
-from ava_fast.data.shards import FORMAT_VERSION, Piece, check_vocabulary, is_prepared, read_index, write_shards
+from ava_fast.config import FiltersConfig
+from ava_fast.data import pool
+from ava_fast.data.assemble import Tally, assemble, check_loss, tally
+from ava_fast.data.corpus import Corpus, scan, split
+from ava_fast.data.filters import load_hook, near_duplicates_library
+from ava_fast.data.shards import FORMAT_VERSION, check_vocabulary, is_prepared, read_index
 from ava_fast.data.tokenizer import (
-    cut,
     end_of_text_id,
     load_tokenizer,
     tokenizer_file,
     train_tokenizer,
     vocabulary_size,
 )
+from ava_fast.data.work import BATCH_CHARACTERS, Plan, Worker, batches, finished_tasks, make_plan, write_lost
 from ava_fast.errors import UserError
+from ava_fast.files import write_whole
 
-BATCH_CHARACTERS = 4 << 20
-"""Text per call of the tokenizer: enough for every core, little enough that the bar moves."""
+PROCESS_BYTES = 32 << 20
+"""Text that makes another process worth its start; less is tokenized by this one, on every core all the same."""
+TRAINING_BYTES = 1 << 30
+"""Of files, from which a tokenizer is trained; where there are more, of tasks spread evenly over them."""
 BAR_DELAY_SECONDS = 2
 
 logger = logging.getLogger(__name__)
@@ -47,13 +60,19 @@ def prepare(
     vocab_size: int,
     tokenizer_name: str | Path | None = None,
     validation_fraction: float = 0.05,
+    text_column: str | None = None,
+    filters: FiltersConfig | None = None,
+    max_loss: float = 0.01,
+    processes: int | None = None,
     progress: bool = True,
 ) -> Path:
     """The folder of shards for `data_dir`: found in the cache, made now, or `data_dir` itself if it is one.
 
     `tokenizer_name` None trains a byte-level BPE of `vocab_size` tokens on the training documents; a given tokenizer
-    must fit into `vocab_size`. `progress` shows bars with an ETA on stderr for what takes more than two seconds.
-    Raises UserError naming the setting or file at fault.
+    must fit into `vocab_size`. `filters` do not apply to the standard library's source, which is always the same.
+    `processes` None: one per core, fewer for little text; the result is the same for any number. `progress` shows bars
+    with an ETA on stderr for what takes more than two seconds.
+    Raises UserError naming the setting or file at fault, or what was lost where that is a larger share than `max_loss`.
     """
     if data_dir is not None and is_prepared(data_dir):
         index = read_index(data_dir)
@@ -70,33 +89,166 @@ def prepare(
     given = None if tokenizer_name is None else _Encoder.load(tokenizer_name)
     if given is not None:
         check_vocabulary(given.vocab_size, vocab_size)
-    corpus = scan(data_dir)
-    folder = Path(cache_dir) / _key(corpus, given, vocab_size, validation_fraction)
-    if is_prepared(folder):
-        read_index(folder)
-    else:
-        logger.info("preparing %d documents: %s", len(corpus.documents), corpus.source)
-        train, validation = split(corpus.documents, validation_fraction)
-        encoder = given or _Encoder.train(train, vocab_size, progress)
-        write_shards(
-            folder,
-            encoder.pieces(train, progress),
-            encoder.pieces(validation, progress),
-            tokenizer_json=encoder.json,
-            vocab_size=encoder.vocab_size,
-            eos_id=encoder.eos_id,
-            source=corpus.source,
-            skipped=corpus.skipped,
-        )
-    if corpus.skipped:
-        logger.warning(
-            "left out %d of %d files in %s: see %s",
-            len(corpus.skipped),
-            len(corpus.skipped) + len(corpus.documents),
-            corpus.source,
-            folder / "skipped.jsonl",
-        )
+    filters = filters or FiltersConfig()
+    if data_dir is None:
+        filters = FiltersConfig(exact_duplicates=False)
+    if filters.near_duplicates is not None:
+        near_duplicates_library()
+    corpus = scan(data_dir, text_column)
+    key = _key(corpus, given, vocab_size, validation_fraction, filters, text_column)
+    folder = Path(cache_dir) / key
+    try:
+        if not is_prepared(folder):
+            with _work_folder(folder.with_name(f".{key}.work"), folder) as work:
+                if work is not None:
+                    _make(
+                        folder,
+                        work,
+                        corpus,
+                        given,
+                        vocab_size,
+                        validation_fraction,
+                        filters,
+                        max_loss,
+                        processes,
+                        progress,
+                    )
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {folder}: {error.strerror}; free some space or set data.cache_dir elsewhere"
+        ) from error
+    index = read_index(folder)
+    if index.loss is not None:
+        check_loss(Tally(index.loss), max_loss, f"{corpus.source}, see {folder / 'skipped.jsonl'}")
+    if index.skipped:
+        logger.warning("left out %d places in %s: see %s", index.skipped, corpus.source, folder / "skipped.jsonl")
     return folder
+
+
+def _make(
+    folder: Path,
+    work: Path,
+    corpus: Corpus,
+    given: _Encoder | None,
+    vocab_size: int,
+    validation_fraction: float,
+    filters: FiltersConfig,
+    max_loss: float,
+    processes: int | None,
+    progress: bool,
+) -> None:
+    check_loss(tally(work, corpus, None), max_loss, corpus.source)
+    only = len(corpus.files) == 1 and corpus.files[0].is_one_document
+    plan = make_plan(corpus.files, filters, validation_fraction if only else 0.0)
+    logger.info("preparing %d files: %s", len(corpus.files), corpus.source)
+    encoder = given or _Encoder.trained(plan, work / "tokenizer.json", vocab_size, validation_fraction, progress)
+    write_whole(work / "tokenizer.json", encoder.json)
+    _tokenize(work, corpus, plan, encoder, max_loss, processes, progress)
+    counts = tally(work, corpus, plan)
+    check_loss(counts, max_loss, corpus.source)
+    assemble(
+        folder,
+        work,
+        corpus,
+        plan,
+        counts,
+        validation_fraction,
+        encoder.tokenizer,
+        tokenizer_json=encoder.json,
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+    )
+
+
+def _tokenize(
+    work: Path, corpus: Corpus, plan: Plan, encoder: _Encoder, max_loss: float, processes: int | None, progress: bool
+) -> None:
+    """Computes the batches that `work` has not, or as many as show that too much is lost."""
+    dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
+    done = finished_tasks(work)
+    missing = [task for task in range(len(plan.tasks)) if task not in done]
+    if done:
+        logger.info("%d of %d parts are there from an earlier run", len(done), len(plan.tasks))
+    readable = sum(file.size for file in corpus.files)
+    already = sum(item.lost for item in corpus.skipped)
+    allowed = max_loss * (readable + already) - already
+    lost = tokens = 0
+    with progress_bar(readable * len(missing) // max(1, len(plan.tasks)), "tokenizing", progress) as bar:
+
+        def report(message: dict[str, Any]) -> None:
+            nonlocal lost, tokens
+            lost, tokens = lost + message["lost"], tokens + message["tokens"]
+            bar.set_postfix_str(
+                f"{tokens / 1e6:.1f} M tokens, {tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update(message["read"])
+            if lost > allowed:
+                raise _TooMuchLost
+
+        if processes is None:
+            processes = min(os.cpu_count() or 1, readable // PROCESS_BYTES)
+        try:
+            if processes > 1 and len(missing) > 1:
+                tree = {
+                    "plan": plan.dump(),
+                    "folder": str(work),
+                    "tokenizer": str(work / "tokenizer.json"),
+                    "dtype": dtype,
+                    "batch_characters": BATCH_CHARACTERS,
+                }
+                write_whole(work / "plan.json", json.dumps(tree, default=str).encode())
+                pool.run_tasks(
+                    work / "plan.json",
+                    missing,
+                    processes,
+                    report,
+                    lambda task, reason: write_lost(work, plan, task, reason),
+                )
+            else:
+                worker = Worker(work, plan, encoder.tokenizer, dtype, BATCH_CHARACTERS)
+                for task in missing:
+                    worker.run(task, BATCH_CHARACTERS, report)
+        except _TooMuchLost:
+            pass  # the batches that are there say what
+
+
+class _TooMuchLost(Exception):
+    """There is no need to read on."""
+
+
+@contextmanager
+def _work_folder(work: Path, folder: Path) -> Iterator[Path | None]:
+    """The folder of an unfinished run, for one process at a time; None where another finished `folder` meanwhile.
+
+    It goes when `folder` is there and when the input is refused, and stays for a later run otherwise.
+    """
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # another process has just removed it
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if is_prepared(folder):
+                shutil.rmtree(work, ignore_errors=True)
+                yield None
+                return
+            if not (work / "lock").exists() or not os.path.samestat(os.fstat(lock), (work / "lock").stat()):
+                continue  # that run was refused, and took the folder with it
+            try:
+                yield work
+            except UserError as error:
+                if not str(error).startswith("data.cache_dir"):
+                    shutil.rmtree(work, ignore_errors=True)
+                    with suppress(OSError):
+                        work.parent.rmdir()
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+            return
+        finally:
+            os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -113,53 +265,46 @@ class _Encoder:
         return cls(tokenizer, tokenizer_file(path).read_bytes(), end_of_text_id(tokenizer, path))
 
     @classmethod
-    def train(cls, documents: list[Document], vocab_size: int, progress: bool) -> _Encoder:
-        def texts() -> Iterator[str]:
-            for document in documents:
-                yield document.read()
-                bar.update(document.size)
-
-        with _bar(documents, "training tokenizer", progress) as bar:
-            tokenizer = train_tokenizer(texts(), vocab_size)
+    def trained(cls, plan: Plan, saved: Path, vocab_size: int, validation_fraction: float, progress: bool) -> _Encoder:
+        """Trained on the documents that are not held out, or as an interrupted run did."""
+        if saved.exists():
+            return cls.load(saved)
+        size = sum(file.size for file in plan.files)
+        with progress_bar(min(size, TRAINING_BYTES), "training tokenizer", progress) as bar:
+            tokenizer = train_tokenizer(training_texts(plan, validation_fraction, bar.update), vocab_size)
         return cls(tokenizer, tokenizer.to_str(pretty=True).encode(), end_of_text_id(tokenizer))
 
     @property
     def vocab_size(self) -> int:
         return vocabulary_size(self.tokenizer)
 
-    def pieces(self, documents: list[Document], progress: bool) -> Iterator[Piece]:
-        # A document that writes about "<|endoftext|>" means the characters, not the end of itself.
-        self.tokenizer.encode_special_tokens = True
-        tokens = 0
-        with _bar(documents, "tokenizing", progress) as bar:
-            for batch in _batches(documents):
-                encodings = self.tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-                for (text, ends_document), encoding in zip(batch, encodings, strict=True):
-                    yield Piece(encoding.ids, len(text.encode()), ends_document)
-                    tokens += len(encoding)
-                    bar.update(len(text.encode()))
-                bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+
+def training_texts(plan: Plan, validation_fraction: float, passed: Callable[[int], object]) -> Iterator[str]:
+    """The texts that a tokenizer is trained on: the same at every call; `passed` gets the bytes that were read.
+
+    Of more than TRAINING_BYTES, every so many tasks.
+    """
+    stride = -(-sum(file.size for file in plan.files) // TRAINING_BYTES)
+    heldout: set[int] | None = None
+    if validation_fraction and len(plan.files) > 1 and all(file.is_one_document for file in plan.files):
+        names = {file.name for file in split(plan.files, validation_fraction)[1]}
+        heldout = {number for number, file in enumerate(plan.files) if file.name in names}
+    for task in plan.tasks[::stride]:
+        for batch in batches(plan, task, BATCH_CHARACTERS):
+            for document in batch.documents:
+                if heldout is None:
+                    is_heldout = document.unit < validation_fraction
+                else:
+                    is_heldout = document.file in heldout
+                if not is_heldout:
+                    yield document.text
+            passed(batch.read)
 
 
-def _batches(documents: list[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """About `BATCH_CHARACTERS` at a time: (text, whether a document ends with it)."""
-    batch: list[tuple[str, bool]] = []
-    characters = 0
-    for document in documents:
-        *texts, last = cut(document.read())
-        for item in [*((text, False) for text in texts), (last, True)]:
-            batch.append(item)
-            characters += len(item[0])
-            if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _bar(documents: list[Document], description: str, progress: bool) -> tqdm[NoReturn]:
+def progress_bar(total: int, description: str, progress: bool) -> tqdm[NoReturn]:
+    """Bytes, MB/s and ETA on stderr, for what takes more than two seconds, on a terminal."""
     return tqdm(
-        total=sum(document.size for document in documents),
+        total=total,
         desc=description,
         unit="B",
         unit_scale=True,
@@ -168,13 +313,24 @@ def _bar(documents: list[Document], description: str, progress: bool) -> tqdm[No
     )
 
 
-def _key(corpus: Corpus, given: _Encoder | None, vocab_size: int, validation_fraction: float) -> str:
+def _key(
+    corpus: Corpus,
+    given: _Encoder | None,
+    vocab_size: int,
+    validation_fraction: float,
+    filters: FiltersConfig,
+    text_column: str | None,
+) -> str:
     recipe = {
         "format_version": FORMAT_VERSION,
-        "documents": [(document.name, document.sha256) for document in corpus.documents],
+        "documents": [(file.name, file.sha256, file.kind, file.column) for file in corpus.files],
         "skipped": [(item.path, item.reason) for item in corpus.skipped],
         "tokenizer": (_sha256(given.json), given.eos_id) if given else (vocab_size, tokenizers.__version__),
         "validation_fraction": validation_fraction,
+        "text_column": text_column,
+        "filters": filters.model_dump(),
+        "hook": load_hook(filters.hook)[1],
+        "minhash": None if filters.near_duplicates is None else version("rensa"),
     }
     return _sha256(json.dumps(recipe).encode())[:16]
 

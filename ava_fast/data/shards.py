@@ -4,7 +4,9 @@
     <folder>/tokenizer.json
     <folder>/train/00000.bin …     uint16 if the vocabulary has at most 65,536 tokens, else uint32
     <folder>/validation/00000.bin …
-    <folder>/skipped.jsonl         what was not read, one {"path", "reason"} per line
+    <folder>/train/documents.bin   where each document ends and which source it is from (`DOCUMENT`)
+    <folder>/skipped.jsonl         what was not read, one {"path", …, "reason"} per line
+    <folder>/rejected.jsonl        what the filters left out: each reason, how often, and the first document of it
 
     index = read_index(folder)
     stream = TokenStream(folder, index, "train")
@@ -15,7 +17,6 @@ A folder is written under a temporary name beside its own, synced, and renamed: 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import mmap
@@ -42,6 +43,10 @@ SHARD_TOKENS = 64 * 2**20
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+DOCUMENT = np.dtype([("end", "<u8"), ("bytes", "<u4"), ("source", "<u4")])
+"""A document in `documents.bin`: the split's tokens up to and with its end, its UTF-8, which of `sources`."""
+
+
 class Shard(Section):
     """One token file."""
 
@@ -59,6 +64,33 @@ class SplitIndex(Section):
     tokens: Count
     """Counting one end of text per document."""
     shards: list[Shard]
+    boundaries_sha256: Sha256 | None = None
+    """Of `documents.bin`. None: the folder is from before there was one."""
+
+
+class Source(Section):
+    """A folder directly below the data, or `.` for the files beside these, and what was kept of it."""
+
+    name: str
+    files: dict[str, Count]
+    """By format."""
+    documents: Count = 0
+    bytes: Count = 0
+    tokens: Count = 0
+
+
+class Loss(Section):
+    """How much of the data could not be read."""
+
+    bytes: Count = 0
+    of_bytes: Count = 0
+    records: Count = 0
+    of_records: Count = 0
+
+    @property
+    def share(self) -> float:
+        """The larger of the two shares."""
+        return max(self.bytes / max(1, self.of_bytes), self.records / max(1, self.of_records))
 
 
 class Index(Section):
@@ -72,9 +104,13 @@ class Index(Section):
     source: str
     """Where the documents came from."""
     skipped: Count
-    """Files that were not read; `skipped.jsonl` says why."""
+    """What was not read; `skipped.jsonl` says why, a line each."""
     train: SplitIndex
     validation: SplitIndex
+    sources: list[Source] = Field(default_factory=list)
+    rejected: dict[str, Count] = Field(default_factory=dict)
+    """Documents that the filters left out, by reason; `rejected.jsonl` shows one of each."""
+    loss: Loss | None = None
 
     def split(self, name: str) -> SplitIndex:
         """`train` or `validation`."""
@@ -89,9 +125,10 @@ class Index(Section):
 class Piece(NamedTuple):
     """Tokens of a document, or of a part of a long one."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | npt.NDArray[Any]
     bytes: int
     ends_document: bool
+    source: int = 0
 
 
 def write_shards(
@@ -103,10 +140,15 @@ def write_shards(
     vocab_size: int,
     eos_id: int,
     source: str,
-    skipped: list[Skipped],
+    skipped: Iterable[Skipped],
+    rejected: Iterable[dict[str, Any]] = (),
+    sources: list[Source] | None = None,
+    loss: Loss | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Writes `folder` from both splits' pieces, whose token ids are below `vocab_size`.
+
+    `rejected` holds lines of `rejected.jsonl`; `sources` are completed with what the pieces add up to.
 
     If another process finished the same folder first, its result stays. Raises UserError when the disk is full or
     refuses; what was written by then is removed.
@@ -116,10 +158,13 @@ def write_shards(
     try:
         temporary.mkdir(parents=True)
         write_synced(temporary / "tokenizer.json", tokenizer_json)
-        write_synced(
-            temporary / "skipped.jsonl",
-            "".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in skipped).encode(),
-        )
+        entries = _write_lines(temporary / "skipped.jsonl", (item.entry() for item in skipped))
+        rejected = list(rejected)
+        _write_lines(temporary / "rejected.jsonl", rejected)
+        totals = np.zeros((len(sources or [0]), 3), np.int64)
+        writing = (dtype, eos_id, shard_tokens, totals)
+        train_index = _write_split(temporary / "train", train, *writing)
+        validation_index = _write_split(temporary / "validation", validation, *writing)
         index = Index(
             format_version=FORMAT_VERSION,
             dtype=dtype,
@@ -127,9 +172,15 @@ def write_shards(
             eos_id=eos_id,
             tokenizer_sha256=hashlib.sha256(tokenizer_json).hexdigest(),
             source=os.fsencode(source).decode(errors="replace"),
-            skipped=len(skipped),
-            train=_write_split(temporary / "train", train, dtype, eos_id, shard_tokens),
-            validation=_write_split(temporary / "validation", validation, dtype, eos_id, shard_tokens),
+            skipped=entries,
+            train=train_index,
+            validation=validation_index,
+            sources=[
+                source.model_copy(update=dict(zip(("documents", "bytes", "tokens"), counts, strict=True)))
+                for source, counts in zip(sources or [], totals.tolist(), strict=False)
+            ],
+            rejected={entry["reason"]: entry["count"] for entry in rejected},
+            loss=loss,
         )
         write_synced(temporary / "index.json", (index.model_dump_json(indent=1) + "\n").encode())
         sync(temporary)
@@ -283,32 +334,79 @@ def _map(file: Path, size: int) -> mmap.mmap:
         raise UserError(f"data.data_dir: {file} cannot be mapped: {error}; prepare the data again") from None
 
 
-def _write_split(folder: Path, pieces: Iterable[Piece], dtype: str, eos_id: int, shard_tokens: int) -> SplitIndex:
+def _write_lines(file: Path, entries: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with file.open("w", encoding="ascii") as lines:
+        for entry in entries:
+            lines.write(json.dumps(entry) + "\n")
+            count += 1
+    sync(file)
+    return count
+
+
+def _write_split(
+    folder: Path,
+    pieces: Iterable[Piece],
+    dtype: str,
+    eos_id: int,
+    shard_tokens: int,
+    totals: npt.NDArray[np.int64],
+) -> SplitIndex:
+    """Adds each source's documents, bytes and tokens to `totals`, (sources, 3)."""
     folder.mkdir()
     shards: list[Shard] = []
-    buffer = np.empty(shard_tokens, np.dtype(dtype).newbyteorder("<"))
-    filled = documents = size = 0
+    boundaries = hashlib.sha256()
+    kind = np.dtype(dtype).newbyteorder("<")
+    filled = documents = size = written = document_bytes = document_tokens = 0
+    hashed, shard = hashlib.sha256(), None
 
-    def flush() -> None:
-        nonlocal filled
-        name, data = f"{len(shards):05d}.bin", buffer[:filled].tobytes()
-        write_synced(folder / name, data)
-        shards.append(Shard(file=f"{folder.name}/{name}", tokens=filled, sha256=hashlib.sha256(data).hexdigest()))
-        filled = 0
+    def close() -> None:
+        nonlocal filled, shard, hashed
+        if shard is not None:
+            shard.close()
+            sync(Path(shard.name))
+            name = f"{folder.name}/{Path(shard.name).name}"
+            shards.append(Shard(file=name, tokens=filled, sha256=hashed.hexdigest()))
+        filled, hashed, shard = 0, hashlib.sha256(), None
 
-    for piece in pieces:
-        tokens = np.asarray([*piece.tokens, eos_id] if piece.ends_document else piece.tokens, buffer.dtype)
-        documents, size = documents + piece.ends_document, size + piece.bytes
-        while len(tokens):
-            part, tokens = np.split(tokens, [shard_tokens - filled])
-            buffer[filled : filled + len(part)] = part
-            filled += len(part)
-            if filled == shard_tokens:
-                flush()
-    if filled:
-        flush()
+    with (folder / "documents.bin").open("wb") as table:
+        try:
+            for piece in pieces:
+                tokens = np.asarray(piece.tokens, kind)
+                if piece.ends_document:
+                    tokens = np.append(tokens, np.asarray(eos_id, kind))
+                size, written = size + piece.bytes, written + len(tokens)
+                document_bytes, document_tokens = document_bytes + piece.bytes, document_tokens + len(tokens)
+                if piece.ends_document:
+                    documents += 1
+                    row = np.array([(written, min(document_bytes, 2**32 - 1), piece.source)], DOCUMENT).tobytes()
+                    table.write(row)
+                    boundaries.update(row)
+                    totals[piece.source] += (1, document_bytes, document_tokens)
+                    document_bytes = document_tokens = 0
+                while len(tokens):
+                    if shard is None:
+                        shard = (folder / f"{len(shards):05d}.bin").open("wb", buffering=1 << 20)
+                    part, tokens = np.split(tokens, [shard_tokens - filled])
+                    data = part.tobytes()
+                    shard.write(data)
+                    hashed.update(data)
+                    filled += len(part)
+                    if filled == shard_tokens:
+                        close()
+            close()
+        finally:
+            if shard is not None:
+                shard.close()
+    sync(folder / "documents.bin")
     sync(folder)
-    return SplitIndex(documents=documents, bytes=size, tokens=sum(shard.tokens for shard in shards), shards=shards)
+    return SplitIndex(
+        documents=documents,
+        bytes=size,
+        tokens=written,
+        shards=shards,
+        boundaries_sha256=boundaries.hexdigest(),
+    )
 
 
 def _check_size(file: Path, size: int) -> None:

@@ -10,8 +10,9 @@ The same texts give the same bytes of `tokenizer.to_str()`. Any text round-trips
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,22 +28,27 @@ PIECE_CHARACTERS = 1 << 18
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens, or fewer if the texts hold no more pairs; `<|endoftext|>` has id 0.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, min_frequency: int = 0, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """A byte-level BPE of `vocab_size` tokens, or fewer if the texts hold no more pairs that occur `min_frequency`
+    times; `<|endoftext|>` has id 0, `special_tokens` the ids behind it.
 
-    Raises UserError when `vocab_size` is below 257.
+    Raises UserError when `vocab_size` is below 257 and the special tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < SMALLEST_VOCABULARY + len(special_tokens):
         raise UserError(
             f"model.vocab_size: {vocab_size} is too small for a byte-level tokenizer; "
-            f"give at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT})"
+            f"give at least {SMALLEST_VOCABULARY + len(special_tokens)} (256 bytes and "
+            f"{', '.join([END_OF_TEXT, *special_tokens])})"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        min_frequency=min_frequency,
+        special_tokens=[END_OF_TEXT, *special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -107,6 +113,27 @@ def _configured_end_of_text(file: Path) -> tuple[str, ...]:
         raise UserError(f"data.tokenizer_name: {file} is not a JSON object") from None
     content = token.get("content") if isinstance(token, dict) else token  # an AddedToken is written as a mapping
     return (content,) if isinstance(content, str) else ()
+
+
+def round_trip_fault(tokenizer: Tokenizer, samples: int = 200) -> str | None:
+    """A text that does not come back from its tokens, or None: of random characters and of random bytes, the same ones
+    at every call."""
+    generator = random.Random(0)
+    planes = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    encoding_specials, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    try:
+        for number in range(samples):
+            length = generator.randint(1, 64)
+            if number % 2:
+                text = generator.randbytes(length).decode("utf-8", "replace")
+            else:
+                text = "".join(chr(generator.randint(*generator.choice(planes))) for _ in range(length))
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            if tokenizer.decode(ids, skip_special_tokens=False) != text:
+                return text
+    finally:
+        tokenizer.encode_special_tokens = encoding_specials
+    return None
 
 
 def cut(text: str) -> Iterator[str]:

@@ -31,13 +31,13 @@ def test_text_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None
         },
     )
     corpus = scan(tmp_path)
-    assert {document.name: document.read() for document in corpus.documents} == {
+    assert {document.name: document.read() for document in corpus.files} == {
         "a.txt": "marked",
         "a/y/no_suffix": "日本",
         "a/z.md": "z",
         "b.txt": "größe\r\n",
     }
-    assert [document.name for document in corpus.documents] == ["a.txt", "a/y/no_suffix", "a/z.md", "b.txt"]
+    assert [document.name for document in corpus.files] == ["a.txt", "a/y/no_suffix", "a/z.md", "b.txt"]
     assert corpus.skipped == []
     assert corpus.source == str(tmp_path)
 
@@ -50,7 +50,7 @@ def test_what_is_not_text_is_listed_with_its_reason(tmp_path: Path) -> None:
             "binary": b"a\0b",
             "blank.txt": b" \n",
             "latin1.txt": "caf\xe9".encode("latin-1"),
-            "rows.JSONL": b'{"text": "x"}',
+            "rows.JSONL": b'{"body": "x"}',
             "elsewhere/x.txt": b"x",
         },
     )
@@ -58,7 +58,7 @@ def test_what_is_not_text_is_listed_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder_link").symlink_to(tmp_path / "elsewhere")
     corpus = scan(tmp_path)
-    assert [document.name for document in corpus.documents] == ["elsewhere/x.txt", "good.txt"]
+    assert [document.name for document in corpus.files] == ["elsewhere/x.txt", "good.txt"]
     assert [(item.path, item.reason) for item in corpus.skipped] == [
         ("binary", "is binary: it holds a NUL byte"),
         ("blank.txt", "is empty"),
@@ -66,7 +66,11 @@ def test_what_is_not_text_is_listed_with_its_reason(tmp_path: Path) -> None:
         ("folder_link", "is a link to a folder, which is not followed"),
         ("latin1.txt", "is not UTF-8 text: byte 3"),
         ("pipe", "is not a regular file"),
-        ("rows.JSONL", "is .jsonl, and only plain text is read"),
+        (
+            "rows.JSONL",
+            "is JSON lines without a text column ('text' or 'content'); its keys are body; "
+            "name one as data.text_column",
+        ),
     ]
 
 
@@ -75,8 +79,8 @@ def test_what_is_not_text_is_listed_with_its_reason(tmp_path: Path) -> None:
     [
         ({}, "missing", r"data\.data_dir: '.*missing' is not a folder"),
         ({"file.txt": b"x"}, "file.txt", r"data\.data_dir: '.*file\.txt' is a file; give the folder that holds it"),
-        ({}, ".", r"data\.data_dir: .* holds no readable UTF-8 text \(it is empty\); give a folder of text files"),
-        ({"a.gz": b"x"}, ".", r"holds no readable UTF-8 text \(skipped 1, such as a\.gz: is \.gz, and only"),
+        ({}, ".", r"data\.data_dir: .* holds no readable text \(it is empty\); see docs/data\.md"),
+        ({"a.txt": b"\0"}, ".", r"holds no readable text \(skipped 1, such as a\.txt: is binary: it holds a NUL byte"),
     ],
 )
 def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, bytes], given: str, message: str) -> None:
@@ -93,7 +97,7 @@ def test_an_empty_path_is_not_the_working_directory(tmp_path: Path, monkeypatch:
 
 def test_a_file_that_changes_after_the_scan_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": b"before", "b.txt": b"before"})
-    first, second = scan(tmp_path).documents
+    first, second = scan(tmp_path).files
     first.path.write_bytes(b"after!")
     second.path.unlink()
     with pytest.raises(UserError, match=r"a\.txt changed while the folder was being prepared"):
@@ -104,7 +108,7 @@ def test_a_file_that_changes_after_the_scan_is_refused(tmp_path: Path) -> None:
 
 def test_the_default_corpus_is_the_standard_library_without_its_tests() -> None:
     corpus = scan(None)
-    names = {document.name for document in corpus.documents}
+    names = {document.name for document in corpus.files}
     assert {"json/decoder.py", "typing.py"} <= names
     assert len(names) > 400
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
@@ -114,7 +118,7 @@ def test_the_default_corpus_is_the_standard_library_without_its_tests() -> None:
 
 def test_the_split_depends_on_names_only_and_holds_out_about_the_fraction(tmp_path: Path) -> None:
     write(tmp_path, {f"{number}.txt": b"x" for number in range(400)})
-    documents = scan(tmp_path).documents
+    documents = scan(tmp_path).files
     train, validation = split(documents, 0.2)
     assert sorted(document.name for document in train + validation) == [document.name for document in documents]
     assert 50 <= len(validation) <= 110
@@ -125,14 +129,14 @@ def test_the_split_depends_on_names_only_and_holds_out_about_the_fraction(tmp_pa
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_neither_side_of_the_split_is_empty(tmp_path: Path, fraction: float) -> None:
     write(tmp_path, {f"{number}.txt": b"x" for number in range(5)})
-    train, validation = split(scan(tmp_path).documents, fraction)
+    train, validation = split(scan(tmp_path).files, fraction)
     assert (len(train), len(validation)) == ((4, 1) if fraction < 0.5 else (1, 4))
 
 
 def test_a_single_document_is_cut(tmp_path: Path) -> None:
     text = "".join(f"zeile {number} größe\n" for number in range(100))
     write(tmp_path, {"only.txt": text.encode()})
-    (head,), (tail,) = split(scan(tmp_path).documents, 0.1)
+    (head,), (tail,) = split(scan(tmp_path).files, 0.1)
     assert head.read() + tail.read() == text
     assert len(tail.read()) == pytest.approx(len(text) * 0.1, abs=1)
     assert (head.size, tail.size) == (len(head.read().encode()), len(tail.read().encode()))

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ava_fast.data.prepare as prepare_module
 import ava_fast.data.tokenizer as tokenizer_module
+import ava_fast.data.work as work_module
 from ava_fast.data.corpus import scan, split
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import TokenStream, read_index
@@ -39,15 +40,16 @@ def make(texts: Path, **changes: object) -> Path:
 def test_the_shards_decode_to_the_documents(
     texts: Path, characters: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if characters is not None:  # documents of many pieces, and many batches of pieces
+    if characters is not None:  # documents of many pieces, many batches of pieces, many tasks
         monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", characters)
         monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 3 * characters)
+        monkeypatch.setattr(work_module, "PART_BYTES", 5 * characters)
     (texts / "image.png").write_bytes(b"\x89PNG\0")
     with caplog.at_level(logging.WARNING):
         folder = make(texts, validation_fraction=0.2)
     index, tokenizer = read_index(folder), load_tokenizer(folder)
     corpus = scan(texts)
-    sides = dict(zip(("train", "validation"), split(corpus.documents, 0.2), strict=True))
+    sides = dict(zip(("train", "validation"), split(corpus.files, 0.2), strict=True))
     for name, documents in sides.items():
         stream = TokenStream(folder, index, name)
         decoded = tokenizer.decode(stream.read(0, len(stream)).tolist(), skip_special_tokens=False)
@@ -61,7 +63,7 @@ def test_the_shards_decode_to_the_documents(
     assert index.skipped == len(corpus.skipped) >= 1
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert {"path": "image.png", "reason": "is binary: it holds a NUL byte"} in skipped
-    assert f"left out {index.skipped} of {len(corpus.documents) + index.skipped} files" in caplog.text
+    assert f"left out {index.skipped} places" in caplog.text
 
 
 def test_the_same_input_is_prepared_once_and_gives_the_same_bytes(texts: Path) -> None:
@@ -87,7 +89,7 @@ def test_whatever_changes_the_result_gives_another_folder(texts: Path) -> None:
 
 
 def test_only_training_text_reaches_the_tokenizer(texts: Path) -> None:
-    (document, *_) = split(scan(texts).documents, 0.05)[1]
+    (document, *_) = split(scan(texts).files, 0.05)[1]
     document.path.write_text(document.read() + "\nzqxzqx" * 5000)
     folder = make(texts, vocab_size=350)
     assert len(load_tokenizer(folder).encode("zqxzqx").ids) == 6
@@ -124,7 +126,7 @@ def test_a_foreign_tokenizer_adds_nothing_of_its_own(tmp_path: Path, texts: Path
     assert (index.vocab_size, index.eos_id) == (4, 3)
     assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     stream = TokenStream(folder, index, "train")
-    documents = split(scan(texts).documents, 0.05)[0]
+    documents = split(scan(texts).files, 0.05)[0]
     expected = [[*(1 if word == "def" else 0 for word in document.read().split()), 3] for document in documents]
     assert stream.read(0, len(stream)).tolist() == [token for document in expected for token in document]
     with pytest.raises(UserError, match=r"model\.vocab_size: 3 is too small .* at least 4"):

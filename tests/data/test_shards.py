@@ -40,10 +40,13 @@ def test_documents_are_stored_one_after_the_other_with_an_end_each(tmp_path: Pat
     write(folder, [Piece([1, 2], 10, False), Piece([3], 5, True), Piece([], 0, True), Piece([4] * 8, 8, True)])
     assert files(folder) == [
         "index.json",
+        "rejected.jsonl",
         "skipped.jsonl",
         "tokenizer.json",
         *(f"train/0000{number}.bin" for number in range(4)),
+        "train/documents.bin",
         "validation/00000.bin",
+        "validation/documents.bin",
     ]
     index = read_index(folder)
     assert (index.dtype, index.vocab_size, index.eos_id, index.source, index.skipped) == (
