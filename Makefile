@@ -23,6 +23,8 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
+	$(PIP) -e ".[bench]" --no-build-isolation
+	$(BIN)/python -m bench.data
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
