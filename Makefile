@@ -23,7 +23,7 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
-	$(PIP) -e ".[bench]" --no-build-isolation
+	$(PIP) --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m bench.data
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
