@@ -22,11 +22,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
+<<<<<<< HEAD
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
+=======
+	$(PIP) --no-build-isolation -e ".[bench]"
+	$(BIN)/python -m bench.data
+>>>>>>> wt8a
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts

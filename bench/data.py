@@ -24,7 +24,7 @@ from ava_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from bench import machine
 
 RUNS = 3
-COPIES = int(os.environ.get("BENCH_DATA_COPIES", "4"))
+COPIES = int(os.environ.get("BENCH_DATA_COPIES", "16"))
 VOCABULARY = 32_000
 
 

@@ -1,1 +1,1 @@
-"""From text to batches: `corpus` → `tokenizer` → `shards` (all three by `prepare`) → `loader`."""
+"""From text to batches: `formats`, `readers` → `filters` → `encoder` → `shards` (all by `prepare`) → `loader`."""

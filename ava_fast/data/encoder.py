@@ -12,8 +12,9 @@ character, or one that is cut differently, goes to `tokenizers` whole, as all te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import regex
@@ -21,6 +22,10 @@ from tokenizers import Tokenizer
 
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 """GPT-2's (Radford et al., 2019), as in the ByteLevel pre-tokenizer."""
+ASCII_WORDS = re.compile(
+    r"'(?:[stmd]|re|ve|ll)| ?(?:[A-Za-z]+|[0-9]+|[^\t-\r A-Za-z0-9]+)|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+"""The same for ASCII, twice as fast."""
 VERIFIED = 0x3000
 """All alphabets; not Chinese, Japanese, Korean or emoji."""
 KEPT_WORDS = 1 << 18
@@ -38,7 +43,7 @@ class WordEncoder:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
         differing = cut_differently(tokenizer) if is_plain(tokenizer) else []
-        self.by_words = is_plain(tokenizer) and len(differing) < MOST_DIFFERING
+        self.by_words = is_plain(tokenizer) and len(differing) < MOST_DIFFERING and not any(map(str.isascii, differing))
         """Whether words are looked up at all."""
         avoided = "".join(map(regex.escape, differing))
         self._avoided = regex.compile(rf"[^\x00-\u2fff]|[{avoided}]" if avoided else r"[^\x00-\u2fff]")
@@ -46,13 +51,13 @@ class WordEncoder:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.by_words:
             return self._whole(texts)
-        known = [number for number, text in enumerate(texts) if self._avoided.search(text) is None]
+        known = [n for n, text in enumerate(texts) if text.isascii() or self._avoided.search(text) is None]
         others = sorted(set(range(len(texts))) - set(known))
-        words = [WORDS.findall(texts[number]) for number in known]
-        missing = list(dict.fromkeys(word for text in words for word in text if word not in self._known))
+        words = [words_of(texts[number]) for number in known]
+        distinct = set(chain.from_iterable(words))
         if len(self._known) > KEPT_WORDS:
             self._known.clear()
-            missing = list(dict.fromkeys(chain.from_iterable(words)))
+        missing = list(distinct.difference(self._known))
         self._known.update(zip(missing, self._whole(missing), strict=True))
         ids: list[list[int]] = [[]] * len(texts)
         look_up = self._known.__getitem__
@@ -67,6 +72,11 @@ class WordEncoder:
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def words_of(text: str) -> list[str]:
+    """What is tokenized on its own, in order: together they are the text."""
+    return ASCII_WORDS.findall(text) if text.isascii() else WORDS.findall(text)
 
 
 def is_plain(tokenizer: Tokenizer) -> bool:
@@ -93,7 +103,7 @@ def cut_differently(tokenizer: Tokenizer) -> list[str]:
     def differs(characters: list[str]) -> bool:
         # The expression knows four classes: a character between two of each shows which one it is in.
         probe = "".join(f"a{c} 1{c}1 !{c}! a {c} a{c}{c}a  " for c in characters)
-        return [end for _, (_, end) in cut(probe)] != [match.end() for match in WORDS.finditer(probe)]
+        return [end for _, (_, end) in cut(probe)] != list(accumulate(map(len, words_of(probe))))
 
     found: list[str] = []
     for start in range(0, VERIFIED, 64):

@@ -282,7 +282,7 @@ def _sample(line: bytes) -> _Sample:
         if error.start < 3 and len(line) > SAMPLE_BYTES // 2:
             return _sample(line[3:])
         return _Sample("misencoded")
-    if len(_CONTROL.findall(line)) > len(line) // 20:
+    if len(_CONTROL.findall(line)) > max(3, len(line) // 10):
         return _Sample("binary")
     if text.lstrip()[:1] in ("{", '"'):
         try:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -456,7 +457,7 @@ def _arrow(path: Path, part: Part) -> Iterator[Item]:
             where = {"batch": number}
             try:
                 batch = reader.get_batch(number) if total else reader.read_next_batch()
-                batch.validate(full=True)  # offsets that point outside would crash what reads them
+                column = _checked(batch.column(0))
             except StopIteration:
                 return
             except errors as error:
@@ -466,13 +467,24 @@ def _arrow(path: Path, part: Part) -> Iterator[Item]:
                 if not total:
                     return  # what follows in a stream cannot be found
             else:
-                yield from _rows(batch.column(0), where, 0, source.tell())
+                yield from _rows(column, where, 0, source.tell())
             number += 1
+
+
+def _checked(column: Any) -> Any:
+    """The column, or its bytes where only their encoding is wrong. Offsets that point outside would crash Arrow."""
+    import pyarrow
+
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        column = column.view(pyarrow.large_binary() if column.type == pyarrow.large_string() else pyarrow.binary())
+        column.validate(full=True)
+    return column
 
 
 def _rows(column: Any, where: Where, first: int, position: int) -> Iterator[Item]:
     try:
-        column.validate(full=True)
         values = column.to_pylist()
     except (ValueError, OSError):  # one bad value must not cost the others
         values = []
@@ -480,9 +492,12 @@ def _rows(column: Any, where: Where, first: int, position: int) -> Iterator[Item
             try:
                 values.append(column[number].as_py())
             except (ValueError, OSError):
-                values.append(b"")
+                values.append(b"\xff")  # no UTF-8
     for number, value in enumerate(values, first):
         place = {**where, "row": number}
+        if isinstance(value, bytes):
+            with suppress(UnicodeDecodeError):
+                value = value.decode()
         if isinstance(value, str):
             yield _record(value, None, place, position, len(value))
         else:

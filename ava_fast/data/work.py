@@ -328,14 +328,12 @@ def write_lost(folder: Path, plan: Plan, task: int, reason: str) -> None:
 def main() -> None:
     """A worker process."""
     tree = json.loads(Path(sys.argv[1]).read_bytes())
-    plan, parent = Plan.load(tree["plan"]), os.getppid()
+    plan = Plan.load(tree["plan"])
     worker = Worker(
         Path(tree["folder"]), plan, load_tokenizer(tree["tokenizer"]), tree["dtype"], tree["batch_characters"]
     )
 
     def report(line: dict[str, Any]) -> None:
-        if os.getppid() != parent:  # nobody will use what is left of the task
-            sys.exit(1)
         print(json.dumps(line), flush=True)
 
     for line in sys.stdin:
@@ -343,6 +341,8 @@ def main() -> None:
             worker.run(int(line), tree["batch_characters"] // 4, report)
         except UserError as error:
             report({"error": str(error)})
+        except BrokenPipeError:  # nobody will use what is left of the task
+            sys.exit(1)
         except OSError as error:
             report({"error": f"data.cache_dir: {error.filename or tree['folder']}: {error.strerror or error}"})
 

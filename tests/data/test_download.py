@@ -136,7 +136,13 @@ def run(endpoint: str, folder: Path, *arguments: str, **environment: str) -> sub
         "except UserError as error:\n    print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
     )
     command = [sys.executable, "-c", script, "download", "--output", str(folder / "data"), *arguments]
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    settings |= environment
     return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
 
 

@@ -71,6 +71,14 @@ def test_near_copies_are_found_and_others_are_not() -> None:
     assert near_copies(signatures, 0.2)[80:].all()
 
 
+def test_what_shares_a_bucket_by_chance_is_compared() -> None:
+    generator = np.random.default_rng(0)
+    signatures = generator.integers(0, 2**32, (3, 128), np.uint32)
+    signatures[1, :20] = signatures[0, :20]
+    signatures[2, :110] = signatures[0, :110]
+    assert near_copies(signatures, 0.8).tolist() == [False, False, True]
+
+
 def test_a_signature_is_of_the_words_alone() -> None:
     assert (signature("One two, three four FIVE six") == signature("one  two three four five\nsix")).all()
     assert (signature("one two three four five six") != signature("one two three four five seven")).any()

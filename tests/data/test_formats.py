@@ -83,6 +83,8 @@ def test_the_samples_are_spread_over_a_large_file(tmp_path: Path) -> None:
         (b'{"name": "x", "version": "1"}\n', None, "without a text column"),
         (b'{\n "name": "x",\n "version": {"a": 1}\n}\n', None, "is one JSON object"),
         (b"{ return 1; }\n", "text", ""),
+        (b"rings \x07\n", "text", ""),
+        (b"\x01\x02\x03\x04\x05\x06\x07 and so on", None, "is binary: it holds a lot of control characters"),
         (b"[section]\nkey = 1\n", "text", ""),
         (b"[a link](x.html) and text\n", "text", ""),
         (b'["one", "two"]', "json", ""),

@@ -267,6 +267,22 @@ def test_what_is_left_out_is_counted_by_reason_with_a_sample(
     assert read_index(folder).rejected == {reason: count for reason, (count, _, _) in shown.items()}
 
 
+def test_a_file_that_changes_meanwhile_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / f"{name}.jsonl").write_bytes(jsonl(range(20)))
+    (tmp_path / "writer.py").write_text(
+        f"def hook(text):\n    with open({str(source / 'b.jsonl')!r}, 'a') as file:\n        file.write('{{}}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"data\.data_dir: .*b\.jsonl changed while the folder was being prepared"):
+        make(source, tmp_path / "out", tokenizer, filters=FiltersConfig(hook="writer:hook"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_filters_give_another_folder(tmp_path: Path, tokenizer: Path) -> None:
     source = tmp_path / "texts"
     source.mkdir()

@@ -166,7 +166,7 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         clean = Run(config, shards, folder / "clean", weights)
         clean.drop = {*faults(stage), POISONED}
         seen[stage, precision]["clean"] = clean.train()
-        (file_of_tokens,) = Path(shards).glob("train/*.bin")
+        (file_of_tokens,) = Path(shards).glob("train/[0-9]*.bin")
         tokens, (poison,) = np.fromfile(file_of_tokens, "<u2"), weights["embed.weight"][:, 0].isnan().nonzero()
         (place,) = (tokens == int(poison)).nonzero()[0]
         ends = (tokens == read_index(shards).eos_id).nonzero()[0]
