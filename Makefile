@@ -26,12 +26,9 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
-<<<<<<< HEAD
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
-=======
 	$(PIP) --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m bench.data
->>>>>>> wt8a
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
