@@ -181,6 +181,7 @@ def _columnar(file: BinaryIO, head: bytes, text_column: str | None) -> Detected:
         else:
             kind = "arrow_stream"
             schema = pyarrow.ipc.open_stream(source).schema
+        names = list(schema.names)  # which may not be UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, UnicodeDecodeError) as error:
         name = {b"PAR1": "Parquet", b"ARRO": "an Arrow file"}.get(head[:4], "an Arrow stream")
         reason = f"begins as {name} but is cut off or damaged: {' '.join(str(error).split())[:120]}"
@@ -193,7 +194,6 @@ def _columnar(file: BinaryIO, head: bytes, text_column: str | None) -> Detected:
             pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
         )
 
-    names = list(schema.names)
     wanted = (text_column,) if text_column else COLUMNS
     for name in wanted:
         if names.count(name) == 1 and is_text(schema.field(name).type):

@@ -98,6 +98,7 @@ def test_the_samples_are_spread_over_a_large_file(tmp_path: Path) -> None:
         (b"PAR1 and no more", None, "begins as Parquet but is cut off or damaged"),
         (b"ARROW1\0\0 and no more", None, "begins as an Arrow file but is cut off or damaged"),
         (b"\x1f\x8b\x08 and no more", None, "is gzip, and the compressed data"),
+        (arrow(range(3), stream=True).replace(b"text", b"te\x80t"), None, "begins as an Arrow stream but is"),
         (zstd(parquet(range(3))), None, "is Parquet or Arrow inside zstd; unpack it"),
         (b'[{"text": "never closed', None, "its first element cannot be read"),
     ],
