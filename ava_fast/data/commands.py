@@ -126,10 +126,10 @@ def summary(folder: Path) -> list[str]:
     for entry in _ledger(folder / "rejected.jsonl"):
         place = _place(entry)
         lines.append(f"left out {entry['count']:,}: {entry['reason']}, such as {place}: {entry['text']!r}")
-    reasons: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    reasons: Counter[tuple[str, ...]] = Counter()
+    first: dict[tuple[str, ...], str] = {}
     for entry in _ledger(folder / "skipped.jsonl"):
-        reason = entry["reason"].partition(":")[0]
+        reason = (entry["reason"].partition(":")[0], *(key for key in entry if key != "to"))
         reasons[reason] += 1
         first.setdefault(reason, f"{_place(entry)} {entry['reason']}")
     lines += [f"not read, {count:,} ×: {first[reason]}" for reason, count in reasons.most_common()]
@@ -163,7 +163,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from ava_fast.data.work import make_plan
     from ava_fast.files import write_whole
 
-    corpus = scan(options.data_dir, options.text_column)
+    corpus = scan(options.data_dir, options.text_column, progress=True)
     plan = make_plan(corpus.files, FiltersConfig())
     with progress_bar(sum(file.size for file in corpus.files), "training tokenizer", True) as bar:
         tokenizer = train_tokenizer(
@@ -201,7 +201,7 @@ def _tokenizer_check(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from ava_fast.data.validate import validate
 
-    checks = validate(options.folder, options.text_column)
+    checks = validate(options.folder, options.text_column, progress=True)
     good = all(check.ok for check in checks)
     if options.json:
         print(json.dumps({"ok": good, "checks": [vars(check) for check in checks]}, indent=1))
