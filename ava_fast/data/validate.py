@@ -175,6 +175,8 @@ def _shards(folder: Path, progress: bool) -> list[Check]:
         expected |= {shard.file: shard.sha256 for shard in split.shards}
         if split.boundaries_sha256:
             expected[f"{name}/documents.bin"] = split.boundaries_sha256
+        if split.checks_sha256:
+            expected[f"{name}/checks.bin"] = split.checks_sha256
     size = sum((folder / name).stat().st_size for name in expected if (folder / name).is_file())
     with progress_bar(size, "verifying", progress) as bar:
         wrong = [name for name, sha256 in expected.items() if _sha256(folder / name, bar.update) != sha256]

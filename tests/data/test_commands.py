@@ -62,8 +62,8 @@ def test_validate_tokenizer_prepare_validate(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(out)["checks"][2] == {
         "name": "hashes",
         "ok": False,
-        "detail": "4 of 5 files agree: train/00000.bin",
-        "values": {"files": 5, "wrong": ["train/00000.bin"]},
+        "detail": "6 of 7 files agree: train/00000.bin",
+        "values": {"files": 7, "wrong": ["train/00000.bin"]},
     }
 
 
