@@ -236,7 +236,7 @@ def _download(options: argparse.Namespace) -> int:
         if converted:
             rows = sum(file["rows"] for file in converted)
             print(
-                f"{len(converted):,} of them became Parquet, {rows:,} texts without their other columns; --as-is keeps these"
+                f"{len(converted):,} of them became Parquet, {rows:,} texts without other columns; --as-is keeps these"
             )
         print(f"license {record['license']}, as it says of itself: read {page} before you train on it")
         print(f"prepare it with: ava-fast prepare --data-dir {folder} --output shards")
