@@ -482,7 +482,7 @@ def _write_split(
                 while len(tokens):
                     if shard is None:
                         shard = (folder / f"{len(shards):05d}.bin").open("wb", buffering=1 << 20)
-                    part, tokens = np.split(tokens, [shard_tokens - filled])
+                    part, tokens = tokens[: shard_tokens - filled], tokens[shard_tokens - filled :]
                     data = part.tobytes()
                     shard.write(data)
                     hashed.update(data)
