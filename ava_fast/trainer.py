@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ava_fast.checkpoint import store
-from ava_fast.compatibility import model_differences
+from ava_fast.checkpoint.generators import generator_states, restore_generators, seed_generators
+from ava_fast.checkpoint.keeper import Keeper
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
@@ -41,7 +40,6 @@ from ava_fast.stability.failures import (
     in_a_line,
     is_network,
     is_out_of_memory,
-    may_pass,
     more_room,
     retried,
 )
@@ -84,12 +82,13 @@ class Trainer:
         if weights is not None:
             model.load_state_dict(weights)
         self.engine = Engine(model, config)
+        self.keeper = Keeper(self.checkpoints, self.engine, config, self.shards / "tokenizer.json")
         seed_generators(training.seed + 1 + rank)  # different noise on each
         self.judge = Judge(config.stability)
         self.step = 0
         """Optimizer steps taken; a skipped batch is none."""
         self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
-        self.evaluated_at = self.saved_at = -1
+        self.evaluated_at = -1
         self.heldout = math.nan
         self._stop_signal = 0
         # Of this rank, in the step under way: what went wrong, in words, and the position of its batch.
@@ -142,13 +141,13 @@ class Trainer:
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
         if self.evaluated_at != self.step:
             self._evaluate()
-        if self.saved_at != self.step:
+        if self.keeper.saved_at != self.step:
             self.save()
 
     def _step(self) -> tuple[Ruling, int]:
         """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
         training, engine = self.config.training, self.engine
-        started_at, noise = time.perf_counter(), _generator_states()
+        started_at, noise = time.perf_counter(), generator_states()
         batches, positions, seen = [], [], []
         self._failures, self._lost_step, self._gradients = [], False, []
         sequences = training.batch_size * training.gradient_accumulation_steps
@@ -165,13 +164,13 @@ class Trainer:
 
         def decide(grad_norm: float) -> float | None:
             nonlocal lr, ruling
-            ruling = self.judge.rule(loss, grad_norm, can_roll_back=self.saved_at >= 0)
+            ruling = self.judge.rule(loss, grad_norm, can_roll_back=self.keeper.saved_at >= 0)
             lr *= ruling.factor
             return lr if ruling.apply else None
 
         if failures:
             engine.discard()
-            ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.saved_at >= 0, failures=failures)
+            ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.keeper.saved_at >= 0, failures=failures)
             result = StepResult(math.nan, 0, applied=False)
         else:
             targets = self._operate()
@@ -186,7 +185,7 @@ class Trainer:
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
-            _restore_generators(noise)  # the next batch is seen as if this one had never been
+            restore_generators(noise)  # the next batch is seen as if this one had never been
             return ruling, interrupted
         self._targets = targets
         update_expert_biases(engine.model, requested_LE)
@@ -306,7 +305,7 @@ class Trainer:
         """
         names: list[str] = []
         if ruling.trouble is Trouble.GRADIENT:
-            _restore_generators(noise)
+            restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
                 for batch in batches:
                     self._backward(self._forward(batch))
@@ -371,23 +370,12 @@ class Trainer:
         """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""
         stretch = (self._trouble_from or 0, self.loader.position)
         avoid, abandoned = [*self.loader.avoid, stretch], self.step
-        choice: list[Path | str] = [""]
-        if self.engine.rank == 0:
-            choice = [_last_good(self.checkpoints)]
-        dist.broadcast_object_list(choice, src=0)
-        checkpoint = choice[0]
-        if not isinstance(checkpoint, Path):
-            raise TrainingError(f"step {self.step}: cannot roll back: {checkpoint}")
+        checkpoint = self.keeper.last_good(self.step)
         judge = self.judge.state_dict()
         self.load(checkpoint)
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
-        error = None
-        if self.engine.rank == 0:
-            error = attempt(lambda: store.avoid(self.checkpoints, stretch))
-            error = error or attempt(lambda: store.rewind(checkpoint))
-        if failure := self._failed_anywhere(error):
-            raise TrainingError(f"{checkpoint}: rolled back to it, but its folder cannot be written to ({failure})")
+        self.keeper.go_back(checkpoint, stretch)
         if self._metrics:
             self._unwatch()
             self._watch()
@@ -406,60 +394,20 @@ class Trainer:
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
     def save(self, *, emergency: bool = False) -> None:
-        """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.
-
-        `emergency`: not one to roll back to while there is another. What the network may have done is tried again.
-        Raises TrainingError if it could not be written; nothing half-written stays.
-        """
-        started_at = time.perf_counter()
-        folder = self.checkpoints / f"step_{self.step}.tmp"
-        for pause in (*PAUSES, None):
-            failure = self._save(folder, calm=self.judge.calm and not emergency)
-            if failure is None:
-                break
-            if pause is None or not may_pass(failure):
-                raise TrainingError(
-                    f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
-                )
-            self._retries += self.engine.rank == 0
-            logger.warning(f"{folder}: {failure}; tried again in {pause:g} s")
-            time.sleep(pause)
-        self.saved_at = self.step
-        logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
-
-    def _save(self, folder: Path, *, calm: bool) -> str | None:
-        """→ why it could not be written, the same on every rank."""
-        error = None
-        if self.engine.rank == 0:
-            error = attempt(lambda: store.open_folder(self.checkpoints, self.step))
-        if not self._failed_anywhere(error):
-            error = attempt(lambda: self._write(folder))
-        if not self._failed_anywhere(error) and self.engine.rank == 0:
-            contents = {
-                "step": self.step,
-                "world_size": self.engine.world_size,
-                "config": self.config.model_dump(),
-                "data": self.loader.state_dict(),
-                "stability": {
-                    "calm": calm,
-                    "judge": self.judge.state_dict(),
-                    "trouble_from": self._trouble_from,
-                    "targets": self._targets,
-                },
-                "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
-                "heldout_step": self.evaluated_at,
-            }
-            error = attempt(lambda: store.commit(folder, contents, self.config.checkpoint.save_total_limit))
-        failure = self._failed_anywhere(error)
-        if failure and self.engine.rank == 0:
-            store.discard(folder)
-        return failure
-
-    def _write(self, folder: Path) -> None:
-        self.engine.save(folder / "engine")
-        if self.engine.rank == 0:
-            shutil.copyfile(self.shards / "tokenizer.json", folder / "tokenizer.json")
-        torch.save(_generator_states(), folder / f"rank_{self.engine.rank}.pt")
+        """Writes `checkpoints/step_N`; `emergency`: not one to roll back to while there is another. Raises
+        TrainingError if it could not be written."""
+        state = {
+            "data": self.loader.state_dict(),
+            "stability": {
+                "calm": self.judge.calm and not emergency,
+                "judge": self.judge.state_dict(),
+                "trouble_from": self._trouble_from,
+                "targets": self._targets,
+            },
+            "heldout_loss": _number(self.heldout),
+            "heldout_step": self.evaluated_at,
+        }
+        self.keeper.save(self.step, state)
 
     def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
         """Continues where `checkpoint` stood: weights, optimizer, step, data position, judge, random generators.
@@ -467,25 +415,18 @@ class Trainer:
         With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
         data set or world size.
         """
-        manifest = store.read_manifest(checkpoint)
-        differences = model_differences(self.config, manifest["config"])
-        if differences:
-            raise UserError(f"{checkpoint}: is of another model: {'; '.join(differences)}; resume with its settings")
-        self.loader.load_state_dict(manifest["data"])
+        state = self.keeper.load(checkpoint, optimizer=optimizer)
+        self.loader.load_state_dict(state["data"])
         self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
-        self.engine.load(checkpoint / "engine", optimizer=optimizer)
-        generators = checkpoint / f"rank_{self.engine.rank}.pt"
-        if generators.is_file():  # a larger world has ranks that were never saved
-            _restore_generators(torch.load(generators, weights_only=False))
-        self.judge.load_state_dict(manifest["stability"]["judge"])
-        self._trouble_from = manifest["stability"]["trouble_from"]
-        targets = manifest["stability"].get("targets", [])
+        stability = state["stability"]
+        self.judge.load_state_dict(stability["judge"])
+        self._trouble_from = stability["trouble_from"]
+        targets = stability.get("targets", [])
         if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
             self._targets = targets
-        self.step = self.saved_at = manifest["step"]
-        self.evaluated_at = manifest["heldout_step"]
-        if manifest["heldout_loss"] is not None:
-            self.heldout = manifest["heldout_loss"]
+        self.step, self.evaluated_at = state["step"], state["heldout_step"]
+        if state["heldout_loss"] is not None:
+            self.heldout = state["heldout_loss"]
 
     def _over_ranks(
         self, figures: torch.Tensor
@@ -498,7 +439,7 @@ class Trainer:
         """
         signal_number, (L, E) = self._stop_signal, self._routed
         own = {trouble for trouble, _, _ in self._failures}
-        health = [signal_number, self._retries, *(trouble in own for trouble in FAILURES)]
+        health = [signal_number, self._retries + self.keeper.retries, *(trouble in own for trouble in FAILURES)]
         shared = torch.cat((figures, figures.new_tensor(health)))
         dist.all_reduce(shared)
         sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
@@ -518,18 +459,12 @@ class Trainer:
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
-        self._retries = 0
+        self._retries = self.keeper.retries = 0
         if retries:
             self.judge.counts[RETRIED] += retries
             if self._metrics:
                 self._metrics.write({"kind": "retry", "step": self.step, "retries": retries})
             logger.warning(f"after step {self.step}: {retries} × {RETRIED}")
-
-    def _failed_anywhere(self, error: str | None) -> str | None:
-        """This rank's error, or another's, on every rank."""
-        errors: list[str | None] = [None] * self.engine.world_size
-        dist.all_gather_object(errors, error)
-        return next((e for e in errors if e), None)
 
     def _stopped(self, ruling: Ruling) -> TrainingError:
         """After an emergency checkpoint: what happened, and what to try."""
@@ -572,14 +507,10 @@ class Trainer:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
         advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
         return LostRank(
-            f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self._safe()}. "
+            f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
             resumable=network,
         )
-
-    def _safe(self) -> str:
-        saved = store.list_checkpoints(self.checkpoints)
-        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -627,34 +558,10 @@ class Trainer:
                 signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
-def seed_generators(seed: int) -> None:
-    """python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _figures(output: Output) -> torch.Tensor:
     """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
     losses_3 = torch.stack((output.loss, output.balance_loss, output.z_loss))
     return torch.cat((losses_3, output.routing.flatten(), output.requested.flatten().double()))
-
-
-def _generator_states() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _restore_generators(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _number(value: float) -> float | None:
@@ -674,21 +581,6 @@ def _blame(culprits: list[dict[str, Any]]) -> str:
         + "".join(f", {error}" for error in each.get("errors", []))
         for each in culprits
     )
-
-
-def _last_good(checkpoints: Path) -> Path | str:
-    """The newest checkpoint that verifies, of those saved in calm if there are any; or why there is none."""
-    newest, problem = None, "there is no checkpoint"
-    for path in reversed(store.list_checkpoints(checkpoints)):
-        try:
-            calm = store.read_manifest(path)["stability"]["calm"]
-        except UserError as error:
-            problem = str(error)
-            continue
-        if calm:
-            return path
-        newest = newest or path
-    return newest or problem
 
 
 def _due(step: int, every: int) -> bool:
