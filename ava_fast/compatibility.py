@@ -42,6 +42,11 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    if training.compile and config.deepspeed.zero_stage == 3:
+        refuse("training.compile", "true", "false, or deepspeed.zero_stage below 3, as 3 fetches weights on the way")
+    if config.data.document_attention and training.attention_backend == "sdpa":
+        allowed = "auto, triton or torch, or set data.document_attention to false"
+        refuse("training.attention_backend", "sdpa", allowed)
     _source_conflicts(config, refuse)
     stability = config.stability
     if stability.max_skips >= stability.window:

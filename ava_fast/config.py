@@ -208,6 +208,12 @@ class TrainingConfig(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    compile: bool = False
+    """Run every block through `torch.compile`: some seconds to a minute before the first step, and faster ones after.
+    On a CPU it needs a C++ compiler. Not with ZeRO-3, which fetches a block's weights in the midst of it."""
+    attention_backend: Literal["auto", "sdpa", "triton", "torch"] = "auto"
+    """What computes attention: torch's fastest after a rotation, our kernels with the rotation inside (on a GPU), or
+    plain PyTorch. `auto`: by docs/attention.md."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Of initial weights, data order and router noise."""
     init_from: str | None = None
