@@ -8,6 +8,8 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast find-lr --config configs/demo.yaml --write
+    ava-fast sweep --config configs/demo.yaml --set training.learning_rate=1e-3,3e-3
     ava-fast replay outputs/runs/run_…/bad_batches/step_9_at_80
 
 Exit code 2 and one line where the input cannot be used.
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
 from ava_fast.config import Config, load_config
 from ava_fast.data.commands import add_data_commands
@@ -142,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_preflight)
 
     add_data_commands(commands)
+    find_lr.add_command(commands, lambda source: _load(source)[0])
+    sweep.add_command(commands)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

@@ -222,6 +222,22 @@ class Engine:
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def squared_gradients(self) -> Iterator[list[Tensor]]:
+        """Collects, while `backward` runs, the squared norm of every parameter's gradient on this rank, before any
+        reduction: 0-d, float32. One more pass over the gradient."""
+        squares: list[Tensor] = []
+
+        def look(gradient: Tensor) -> None:
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+
+        hooks = [parameter.register_hook(look) for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            yield squares
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def save(self, folder: Path) -> None:
         """Writes weights, fp32 masters and moments under `folder`, every rank its share. Collective.
 
