@@ -29,14 +29,14 @@ from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
 from ava_fast.config import Config, load_config
 from ava_fast.data.commands import add_data_commands
-from ava_fast.errors import UserError
+from ava_fast.errors import Interrupted, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         print(str(error).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return error.exit_code
 

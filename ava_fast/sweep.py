@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import yaml
 from tqdm import tqdm
 
 from ava_fast.config import load_config
-from ava_fast.errors import UserError
+from ava_fast.errors import Interrupted, UserError
 from ava_fast.observe.console import duration
 from ava_fast.observe.report import smooth
 from ava_fast.observe.run import read_metrics
@@ -54,10 +55,11 @@ class Trial:
     def result(self) -> dict[str, Any] | None:
         """Its summary, once it has finished."""
         run = self.run_folder()
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            summary: dict[str, Any] = json.loads((run / "summary.json").read_text())  # type: ignore[operator]
-            return summary if summary["status"] == "finished" else None
-        return None
+        try:
+            summary: dict[str, Any] = json.loads((run / "summary.json").read_text()) if run else {}
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("status") == "finished" else None
 
 
 def trials(config: str, sets: list[str], overrides: list[str], output: Path) -> list[Trial]:
@@ -107,9 +109,12 @@ def run(options: argparse.Namespace) -> int:
     print(f"{len(every)} runs under {output}" + (f", {len(done)} of them finished before" if done else ""))
     output.mkdir(parents=True, exist_ok=True)
     codes: dict[Path, int] = {}
-    with _Children() as children, ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool, _Children() as children:
         started_at = {pool.submit(_train, trial, options, children): trial for trial in left}
-        with tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        with (
+            _interruptible(),
+            tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar,
+        ):
             for future in as_completed(started_at):
                 trial, (code, seconds) = started_at[future], future.result()
                 codes[trial.folder] = code
@@ -128,6 +133,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on") from None
+
+
 class _Children:
     """The processes that run; none outlives the command."""
 
@@ -140,10 +153,8 @@ class _Children:
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
-        for process in self._running:
+        for process in list(self._running):
             process.terminate()  # a run saves its step and leaves, and this command can go on with it
-        for process in self._running:
-            process.wait()
 
     def run(self, command: list[str], log: Path) -> int:
         with log.open("ab") as file:
