@@ -118,7 +118,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
     """Weights, settings and tokenizer of a run, a checkpoint or an imported folder."""
-    from ava_fast.engine import read_weights
+    from ava_fast.checkpoint.shards import read_weights
     from ava_fast.model.huggingface import read_model
 
     if (source / "model.safetensors").is_file():
