@@ -8,6 +8,7 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast checkpoint list outputs/runs/run_…
     ava-fast replay outputs/runs/run_…/bad_batches/step_9_at_80
 
 Exit code 2 and one line where the input cannot be used.
@@ -24,16 +25,17 @@ import torch
 from torch import Tensor
 
 from ava_fast.checkpoint import store
+from ava_fast.checkpoint.commands import add_checkpoint_commands
 from ava_fast.config import Config, load_config
 from ava_fast.data.commands import add_data_commands
-from ava_fast.errors import UserError
+from ava_fast.errors import TrainingError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         print(str(error).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return error.exit_code
 
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_preflight)
 
     add_data_commands(commands)
+    add_checkpoint_commands(commands)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

@@ -25,7 +25,7 @@ from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
-from ava_fast.evaluate.heldout import heldout_loss
+from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
@@ -406,9 +406,15 @@ class Trainer:
                 "targets": self._targets,
             },
             "heldout_loss": _number(self.heldout),
+            "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
         self.keeper.save(self.step, state, wait=wait or emergency)
+
+    def _probe(self) -> dict[str, Any]:
+        """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
+        tokens = self.heldout_NS1[0, : PROBE + 1].tolist()
+        return {"tokens": tokens, "loss": _number(probe_loss(self.engine.model, tokens, self.engine.device))}
 
     def load(self, *checkpoints: Path, optimizer: bool = True) -> Path:
         """Continues where the first of `checkpoints` that verifies stood: weights, optimizer, step, data position,

@@ -77,12 +77,15 @@ def pointed(checkpoints: Path, name: str) -> Path | None:
         return None
 
 
-def rotate(checkpoints: Path, *, newest: int | None, every: int = 0, best: int = 0) -> list[Path]:
+def rotate(
+    checkpoints: Path, *, newest: int | None, every: int = 0, best: int = 0, dry_run: bool = False
+) -> list[Path]:
     """Deletes all but the `newest` checkpoints, those at every `every`-th step and the `best` by held-out loss, and
-    points `best` at the first of these. What `latest` or `best` names stays, and what someone reads. → what went."""
+    points `best` at the first of these. What `latest` or `best` names stays, and what someone reads. → what went, or
+    would with `dry_run`."""
     saved = list_checkpoints(checkpoints)
     ranked = sorted((loss, -_step(path), path) for path in saved if (loss := _heldout_loss(path)) is not None)
-    if ranked and pointed(checkpoints, BEST) != ranked[0][2]:
+    if ranked and pointed(checkpoints, BEST) != ranked[0][2] and not dry_run:
         point(ranked[0][2], BEST)
     if newest is None:
         return []
@@ -90,7 +93,7 @@ def rotate(checkpoints: Path, *, newest: int | None, every: int = 0, best: int =
     kept |= {path for path in saved if every and _step(path) % every == 0}
     kept |= {path for name in (LATEST, BEST) if (path := pointed(checkpoints, name)) is not None}
     gone = [path for path in saved if path not in kept and not _in_use(path)]
-    for path in gone:
+    for path in gone if not dry_run else ():
         _delete(path)
     return gone
 
