@@ -305,6 +305,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. 0: only at the end and on interruption."""
     save_total_limit: Positive | None = 3
     """The newest checkpoints that are kept. None: all."""
+    keep_every: Count = 0
+    """Checkpoints at multiples of this many steps are kept as well. 0: none."""
+    keep_best: Count = 1
+    """Of those saved at a step that was evaluated, so many with the lowest held-out loss are kept as well."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in the host's memory: 12 bytes per parameter, shared by the ranks."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """When a checkpoint is due while the last one is still being written: wait for that, or leave this one out."""
 
 
 class EvaluationConfig(Section):

@@ -25,7 +25,7 @@ from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
-from ava_fast.evaluate.heldout import heldout_loss
+from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
@@ -145,14 +145,16 @@ class Trainer:
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
-                self.save()
+                self.save(wait=bool(interrupted))
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
         if self.evaluated_at != self.step:
             self._evaluate()
         if self.keeper.saved_at != self.step:
-            self.save()
+            self.save(wait=True)
+        self.keeper.settle()
+        self._note_saves()
 
     def advance(self) -> tuple[Ruling, float]:
         """One step of a loop that is not `run` → the ruling, and the loss as a mean over ranks. Collective."""
@@ -411,9 +413,8 @@ class Trainer:
         """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""
         stretch = (self._trouble_from or 0, self.loader.position)
         avoid, abandoned = [*self.loader.avoid, stretch], self.step
-        checkpoint = self.keeper.last_good(self.step)
         judge = self.judge.state_dict()
-        self.load(checkpoint)
+        checkpoint = self.load(*self.keeper.good_ones(self.step))
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
         self.keeper.go_back(checkpoint, stretch)
@@ -434,9 +435,9 @@ class Trainer:
             self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
-    def save(self, *, emergency: bool = False) -> None:
-        """Writes `checkpoints/step_N`; `emergency`: not one to roll back to while there is another. Raises
-        TrainingError if it could not be written."""
+    def save(self, *, wait: bool = False, emergency: bool = False) -> None:
+        """Begins to write `checkpoints/step_N`; with `wait` or `emergency` it is on the disk afterwards. `emergency`:
+        not one to roll back to while there is another. Raises TrainingError if it or the last one cannot be written."""
         state = {
             "data": self.loader.state_dict(),
             "stability": {
@@ -450,17 +451,24 @@ class Trainer:
                 "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
             },
             "heldout_loss": _number(self.heldout),
+            "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
-        self.keeper.save(self.step, state)
+        self.keeper.save(self.step, state, wait=wait or emergency)
 
-    def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
-        """Continues where `checkpoint` stood: weights, optimizer, step, data position, judge, random generators.
+    def _probe(self) -> dict[str, Any]:
+        """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
+        tokens = self.heldout_NS1[0, : PROBE + 1].tolist()
+        return {"tokens": tokens, "loss": _number(probe_loss(self.engine.model, tokens, self.engine.device))}
 
-        With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
-        data set or world size.
+    def load(self, *checkpoints: Path, optimizer: bool = True) -> Path:
+        """Continues where the first of `checkpoints` that verifies stood: weights, optimizer, step, data position,
+        judge, random generators → which it was.
+
+        With `optimizer=False` AdamW starts anew. Raises UserError if none verifies or it is of another model or data
+        set.
         """
-        state = self.keeper.load(checkpoint, optimizer=optimizer)
+        checkpoint, state = self.keeper.load(checkpoints, optimizer=optimizer)
         self.loader.load_state_dict(state["data"])
         self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
         if schedule := state.get("schedule"):
@@ -476,6 +484,7 @@ class Trainer:
         self.step, self.evaluated_at = state["step"], state["heldout_step"]
         if state["heldout_loss"] is not None:
             self.heldout = state["heldout_loss"]
+        return checkpoint
 
     def _over_ranks(
         self, figures: torch.Tensor
@@ -488,7 +497,8 @@ class Trainer:
         """
         signal_number, (L, E) = self._stop_signal, self._routed
         own = {trouble for trouble, _, _ in self._failures}
-        health = [signal_number, self._retries + self.keeper.retries, *(trouble in own for trouble in FAILURES)]
+        health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
+        health += [trouble in own for trouble in FAILURES]
         shared = torch.cat((figures, figures.new_tensor(health)))
         dist.all_reduce(shared)
         sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
@@ -496,8 +506,11 @@ class Trainer:
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
-        signals, retries, *failed = means[-len(health) :]
+        signals, failed_saves, retries, *failed = means[-len(health) :]
+        if failed_saves:
+            self.keeper.settle()
         self._count_retries(int(retries))
+        self._note_saves()
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
         failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
         by_block = (means[4 + i * L : 4 + (i + 1) * L] for i in range(len(names)))
@@ -505,6 +518,13 @@ class Trainer:
         # Any rank's signal stops all of them after the same step.
         interrupted = signal_number or (signal.SIGTERM if signals else 0)
         return means[:4], routing, requested_LE, failures, interrupted
+
+    def _note_saves(self) -> None:
+        """Those that have been finished since the last call."""
+        while self.keeper.news:
+            record = self.keeper.news.pop(0)
+            if self._metrics:
+                self._metrics.write(record)
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
