@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,9 +251,10 @@ def _unreachable(entry: Entry, error: Exception) -> str:
     if isinstance(error, _WrongChecksum):
         return f"--dataset: {entry.repository}: {error}, {ATTEMPTS} times; try again later"
     server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in entry.files or [])
     return (
         f"--dataset: {server} cannot be reached, or keeps failing ({_reason(error)}); where there is a network, run "
-        f"`hf download {entry.repository} --repo-type dataset --local-dir D`, copy D here, and prepare it with "
+        f"`hf download {entry.repository} --repo-type dataset{include} --local-dir D`, copy D here, prepare it with "
         "--data-dir D; run the same command again to go on"
     )
 

@@ -290,7 +290,8 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path) -> None:
         assert result.returncode == 2
         last = result.stderr.splitlines()[-1]
         assert last.startswith("--dataset: http://127.0.0.1:9 cannot be reached")
-        assert "`hf download wikimedia/wikipedia --repo-type dataset --local-dir D`, copy D here" in last
+        command = "hf download wikimedia/wikipedia --repo-type dataset --include '20231101.en/*.parquet' --local-dir D"
+        assert f"where there is a network, run `{command}`, copy D here" in last
         assert not (tmp_path / "data").exists()
 
 
