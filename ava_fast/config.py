@@ -296,6 +296,12 @@ class MemoryConfig(Section):
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in backward."""
+    micro_batch: Positive | None = None
+    """Sequences of a rank in one forward pass, at most: its share of `training.batch_size` is taken in as many passes
+    as that needs, and the batch of a step stays what it is. None: all in one."""
+    on_out_of_memory: Literal["ladder", "stop"] = "ladder"
+    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, one after the
+    other, and the same step again; or a clean stop."""
 
 
 class CheckpointConfig(Section):

@@ -333,9 +333,13 @@ class Engine:
             weights[name] = _fp32_on_cpu(full) if self.rank == 0 else torch.empty(0)
         return weights if self.rank == 0 else None
 
-    def close(self) -> None:
-        """Ends DeepSpeed's hooks and the process group. The engine is of no use afterwards."""
+    def release(self) -> None:
+        """Ends DeepSpeed's hooks. The engine is of no use afterwards; another may take its place."""
         self._engine.destroy()
+
+    def close(self) -> None:
+        """`release`, and the end of the process group."""
+        self.release()
         close_distributed()
 
     def _adamw(self) -> torch.optim.AdamW:

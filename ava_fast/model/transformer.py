@@ -48,6 +48,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
         self.norm = _norm(config)
         self.head = Head(model.hidden_size, model.vocab_size)
+        self.recompute = config.memory.activation_checkpointing
+        """Activation checkpointing, which may be switched at any time."""
         self._rope: tuple[Tensor, Tensor] | None = None
         # Only what trains and evaluates: a generation's growing past would be compiled again and again.
         self._run = torch.compile(_without_cache) if config.training.compile else _without_cache
@@ -62,7 +64,7 @@ class Transformer(nn.Module):
         x_BSM = self.embed(tokens_BS)
         cos, sin = self._rope_rows(0, tokens_BS.shape[1], x_BSM.device)
         routed: list[Routed] = []
-        recompute = self.config.memory.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 # What the recomputation returns goes nowhere: requests are counted once.
