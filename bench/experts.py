@@ -328,7 +328,7 @@ def _time(
     cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     memory: dict[str, dict[str, int]] = {}
-    for run in range(WARM_UP + runs):
+    for run in machine.turns(WARM_UP + runs, f"{size}, {load}"):
         for name, contender in ready.items():
             yield {"at": name, "size": size.key()}
             leaves = [problem.x, *contender.leaves]
@@ -348,11 +348,16 @@ def _time(
                 memory[name] = _memory(problem, contender)
     count = torch.bincount(problem.expert.flatten().long(), minlength=E).double()
     flops = {"forward": 6 * T * M * I * K, "backward": 12 * T * M * I * K}
+    # Each once: x, out, h and the weights; then dout, x, dx, h, the weights and their gradients.
+    rows, weights = T * M, 3 * E * M * I
+    elements = {"forward": 2 * rows + 2 * T * K * I + weights, "backward": 3 * rows + 2 * T * K * I + 2 * weights}
     row: dict[str, Any] = {
         "name": str(size),
         "size": list(size),
         "routing": load,
         "load": (count.max() / count.mean()).item(),
+        "flops": flops,
+        "bytes": {direction: problem.x.element_size() * count for direction, count in elements.items()},
         "kept_floor": problem.x.element_size() * (T * M + 2 * T * K * I),
         "contenders": {
             name: {

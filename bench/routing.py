@@ -86,17 +86,13 @@ def _measure(T: int, E: int, K: int, device: str, runs: int) -> dict[str, Any]:
         source = torch.randn(2 * T, E, device=device)
         target = torch.empty_like(source)
         contenders["copy of the same bytes"] = lambda: target.copy_(source)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in range(runs + 3):  # the first warm up
-        for name, contender in contenders.items():
-            elapsed = machine.timed(contender, device)
-            if run >= 3:
-                seconds[name].append(elapsed)
+    seconds = machine.alternate(contenders, device, runs, label=f"{E} experts")
     median = {name: statistics.median(times) for name, times in seconds.items()}
     row = {
         "experts": E,
         "top_k": K,
         "capacity": capacity,
+        "bytes": 16 * T * E,
         "ratio": median["composition"] / median["ours"],
         "pair_ratios": machine.spread_of_ratios(seconds["composition"], seconds["ours"]),
         "cost_of_capacity": {

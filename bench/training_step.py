@@ -13,7 +13,6 @@ import argparse
 import functools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import transformers
 from ava_fast.config import Config, load_config
 from ava_fast.model.huggingface import export
 from ava_fast.model.transformer import Transformer
+from ava_fast.observe.throughput import flops_per_token
 from bench import machine
 
 # The demo's model; then 18 M parameters with few wide experts and with many narrow ones, as recent models have them, at
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.size or SIZES:
         size = SIZES[name]
-        row = {"name": name, **size, **_compare(_config(size), size["batch"], options.runs)}
+        row = {"name": name, **size, **_compare(config_of(size), size["batch"], options.runs)}
         print(f"{name}: {row['ratio']:.2f}× {row['fastest_peer']}", flush=True)
         for contender, figures in row["contenders"].items():
             rate = figures["tokens_per_second"]
@@ -60,7 +60,7 @@ def main() -> None:
         print(machine.write(f"training_step_cpu_{name}", {"precision": "fp32", "runs": options.runs, **row}))
 
 
-def _config(size: dict[str, int]) -> Config:
+def config_of(size: dict[str, int]) -> Config:
     settings = {
         "model.vocab_size": size["vocab"],
         "model.hidden_size": size["hidden"],
@@ -74,7 +74,8 @@ def _config(size: dict[str, int]) -> Config:
     return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
 
-def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
+def contenders(config: Config, batch: int) -> dict[str, tuple[Callable[[], object], Callable[[], None]]]:
+    """By name, what selects an implementation, and a step. Raises where the two models' losses differ."""
     torch.manual_seed(0)
     length = config.data.max_length
     ours = Transformer(config)
@@ -90,38 +91,34 @@ def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
 
     torch.testing.assert_close(ours(inputs, labels).loss, their_loss().detach(), rtol=1e-5, atol=1e-5)
     our_step, their_step = _step(ours, our_loss), _step(theirs, their_loss)
-    contenders = {"ava-fast": (lambda: None, our_step)}
-    for implementation in THEIRS:
-        select = functools.partial(theirs.set_experts_implementation, implementation)
-        contenders[f"transformers {implementation}"] = (select, their_step)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    return {"ava-fast": (lambda: None, our_step)} | {
+        f"transformers {name}": (functools.partial(theirs.set_experts_implementation, name), their_step)
+        for name in THEIRS
+    }
 
-    def turn(name: str) -> None:
-        select, step = contenders[name]
-        select()
-        started_at = time.perf_counter()
-        step()
-        times[name].append(time.perf_counter() - started_at)
 
-    for _ in range(WARM_UP):
-        for name in contenders:
-            turn(name)
-    for name in contenders:
-        times[name].clear()
-    for _ in range(runs):
-        for name in contenders:
-            turn(name)
+def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
+    known, tokens = contenders(config, batch), batch * config.data.max_length
+    times: dict[str, list[float]] = {name: [] for name in known}
+    for run in machine.turns(WARM_UP + runs, "training step"):
+        for name, (select, step) in known.items():
+            select()
+            elapsed = machine.timed(step, "cpu")
+            if run >= WARM_UP:
+                times[name].append(elapsed)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     fastest = min((name for name in medians if name != "ava-fast"), key=lambda name: medians[name])
+    pairs = machine.spread_of_ratios(times[fastest], times["ava-fast"])  # the two of a turn ran in the same seconds
     return {
-        "parameters": sum(parameter.numel() for parameter in ours.parameters()),
+        "parameters": sum(parameter.numel() for parameter in Transformer(config).parameters()),
+        "flops": flops_per_token(config) * tokens,
         "contenders": {
-            name: {**machine.spread(seconds), "tokens_per_second": batch * length / statistics.median(seconds)}
+            name: {**machine.spread(seconds), "tokens_per_second": tokens / statistics.median(seconds)}
             for name, seconds in times.items()
         },
         "fastest_peer": fastest,
-        # Pair by pair: the two of a turn ran in the same seconds.
-        "ratio": statistics.median(b / a for a, b in zip(times["ava-fast"], times[fastest], strict=True)),
+        "ratio": pairs["median"],
+        "pair_ratios": pairs,
     }
 
 
