@@ -1,5 +1,5 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
-# make test    installs and runs everything that CI runs: lint, types, tests
+# make test    installs and runs everything that CI runs: lint, types, tests, and the guard against slower code
 # make bench   times a training step, experts, attention, routing, gradient statistics, loader and start-up beside their peers
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
@@ -23,6 +23,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m bench.guard cpu instructions
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup

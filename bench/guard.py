@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -32,7 +33,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
 
 from bench import machine
 
@@ -212,16 +212,27 @@ def sm90_faults(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> list[st
     return faults
 
 
-def compiled() -> list[dict[str, Any]]:
-    if machine.installed("triton") is None:
-        raise Incomparable("triton is not installed")
+def compiled(architecture: int = 90, cases: str = "", cache: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of `bench.sm90`, with the tiles that ship, or those of a folder of the user's own."""
+    variables = {
+        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "AVA_KERNELS_CACHE")
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        subprocess.run([sys.executable, "-m", "bench.sm90", "--json", path], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "bench.sm90", "--architecture", str(architecture), "--cases", cases]
+        subprocess.run(
+            [*command, "--json", path],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=machine.ROOT,
+            env=variables,
+        )
         return json.loads(path.read_text())
 
 
 def sm90(results: Path) -> Outcome:
+    if machine.installed("triton") is None:
+        raise Incomparable("triton is not installed")
     baseline = read_baseline("sm90", triton=machine.installed("triton"))
     rows = compiled()
     return Outcome(len(rows), [], sm90_faults(rows, baseline))
@@ -235,13 +246,27 @@ def record_sm90(results: Path) -> dict[str, Any]:
 
 
 def instructions(results: Path) -> Outcome:
-    from bench import instructions as counting
+    counting = _counting()
+    baseline, compared, notes, faults = read_baseline("instructions"), 0, [], []
+    for name, group in counting.GROUPS.items():
+        before, here = baseline["groups"][name], group.tools()
+        different = [f"{what} {before[what]}, here {here[what]}" for what in here if before[what] != here[what]]
+        if different:
+            notes.append(f"{name}: not compared: the baseline is of {different[0]}")
+            continue
+        found = group.count()
+        told, failed = instruction_faults(found, before["counts"])
+        compared, notes, faults = compared + len(found), notes + told, faults + failed
+    return Outcome(compared, notes, faults)
 
+
+def _counting() -> Any:
+    """Raises Incomparable where nothing can be counted."""
     if missing := [tool for tool in ("valgrind", "g++") if shutil.which(tool) is None]:
         raise Incomparable(f"{' and '.join(missing)} not found; instructions are counted where both are")
-    baseline = read_baseline("instructions", **counting.tools())
-    found = counting.count_all()
-    return Outcome(len(found), *instruction_faults(found, baseline["counts"]))
+    from bench import instructions
+
+    return instructions
 
 
 def instruction_faults(found: dict[str, int], before: dict[str, int]) -> tuple[list[str], list[str]]:
@@ -252,15 +277,14 @@ def instruction_faults(found: dict[str, int], before: dict[str, int]) -> tuple[l
             continue
         change = found[name] / before[name] - 1
         notes.append(f"{name:42} {found[name]:12,} instructions, {change:+.2%}")
-        if change > INSTRUCTIONS_MARGIN:
+        if found[name] > before[name] * (1 + INSTRUCTIONS_MARGIN):
             faults.append(f"{name}: {change:+.1%} instructions, {INSTRUCTIONS_MARGIN:+.0%} is allowed")
     return notes, faults
 
 
 def record_instructions(results: Path) -> dict[str, Any]:
-    from bench import instructions as counting
-
-    return {**counting.tools(), "counts": counting.count_all()}
+    groups = _counting().GROUPS.items()
+    return {"groups": {name: {**group.tools(), "counts": group.count()} for name, group in groups}}
 
 
 # --- Shares of a GPU's ceilings ---

@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "commit": commit(),
-        "cpu": _of_cpu("model name") or platform.processor(),
+        "cpu": of_cpu("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(LOAD_BEFORE, 2),
@@ -62,7 +62,7 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _of_cpu(key: str) -> str | None:
+def of_cpu(key: str) -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -72,7 +72,7 @@ def _of_cpu(key: str) -> str | None:
 
 def _clocks() -> dict[str, Any]:
     """In MHz, as far as the machine tells: the CPU's now, the GPU's now and at most."""
-    found: dict[str, Any] = {"cpu": float(mhz) if (mhz := _of_cpu("cpu MHz")) else None}
+    found: dict[str, Any] = {"cpu": float(mhz) if (mhz := of_cpu("cpu MHz")) else None}
     if torch.cuda.is_available():
         asked = "clocks.sm,clocks.max.sm,clocks.mem,power.limit"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]

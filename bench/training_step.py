@@ -136,6 +136,7 @@ def _step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[
 
 
 def _mixtral(model: Transformer, config: Config) -> Any:
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         export(dict(model.state_dict()), config, Path(folder) / "model", architecture="mixtral")
         return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
