@@ -35,6 +35,7 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.attention
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
+	$(BIN)/python -m bench.report
 
 # Air-gapped: with the Python that is there, and this code where it lies.
 bench-gpu:
