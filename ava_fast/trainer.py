@@ -32,6 +32,7 @@ from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.parts import part
 from ava_fast.schedule.learning_rate import learning_rate
 from ava_fast.stability import surgery
 from ava_fast.stability.failures import (
@@ -154,7 +155,8 @@ class Trainer:
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batches.append(self._read())
+            with part("data"):
+                batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
             seen.append(self._compute(batches[-1]))
@@ -500,7 +502,8 @@ class Trainer:
         own = {trouble for trouble, _, _ in self._failures}
         health = [signal_number, self._retries, *(trouble in own for trouble in FAILURES)]
         shared = torch.cat((figures, figures.new_tensor(health)))
-        dist.all_reduce(shared)
+        with part("communication"):
+            dist.all_reduce(shared)
         sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
