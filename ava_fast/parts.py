@@ -1,7 +1,7 @@
 """Names the parts of a training step for the profiler; costs nothing else while none runs.
 
-    with part("attention"):
-        ...
+with part("attention"):
+    ...
 """
 
 from __future__ import annotations

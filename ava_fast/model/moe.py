@@ -63,35 +63,42 @@ class MoeBlock(nn.Module):
 
     def forward(self, x_BSM: Tensor) -> tuple[Tensor, Routed]:
         """→ output (B, S, M), and what there is to say of the routing."""
-        moe = self.config
         x_TM = x_BSM.flatten(0, -2)
         with part("routing"):
-            router_input_TM = x_TM.float()
-            if self.training and moe.jitter:
-                noise = torch.empty_like(router_input_TM).uniform_(1.0 - moe.jitter, 1.0 + moe.jitter)
-                router_input_TM = router_input_TM * noise
-            logits_TE = F.linear(router_input_TM, self.router.float())  # float32: rounded logits swap experts
-            routing = route(
-                logits_TE,
-                moe.top_k,
-                capacity=self._capacity(len(x_TM)),
-                overflow=moe.overflow,
-                priority=moe.priority,
-                max_reroutes=moe.max_reroutes,
-                score=moe.score,
-                normalize=moe.normalize,
-                expert_bias=self.expert_bias,
-                num_groups=moe.num_groups,
-                group_top_k=moe.group_top_k,
-                scale=moe.scale,
-            )
+            routing, logits_TE = self._route(x_TM)
+            routed = _routed(routing, logits_TE, self.config.score == "sigmoid")
         with part("experts"):
             out_TM = moe_mlp(x_TM, self.gate_up, self.down, routing)
             if self.shared is not None:
                 shared_TM = self.shared(x_TM)
-                out_TM = out_TM + (shared_TM if self.shared_gate is None else self.shared_gate(x_TM).sigmoid() * shared_TM)
-        with part("routing"):
-            return out_TM.view_as(x_BSM), _routed(routing, logits_TE, moe.score == "sigmoid")
+                if self.shared_gate is not None:
+                    shared_TM = self.shared_gate(x_TM).sigmoid() * shared_TM
+                out_TM = out_TM + shared_TM
+        return out_TM.view_as(x_BSM), routed
+
+    def _route(self, x_TM: Tensor) -> tuple[Routing, Tensor]:
+        """→ the routing, and its logits (T, E) float32."""
+        moe = self.config
+        router_input_TM = x_TM.float()
+        if self.training and moe.jitter:
+            noise = torch.empty_like(router_input_TM).uniform_(1.0 - moe.jitter, 1.0 + moe.jitter)
+            router_input_TM = router_input_TM * noise
+        logits_TE = F.linear(router_input_TM, self.router.float())  # float32: rounded logits swap experts
+        routing = route(
+            logits_TE,
+            moe.top_k,
+            capacity=self._capacity(len(x_TM)),
+            overflow=moe.overflow,
+            priority=moe.priority,
+            max_reroutes=moe.max_reroutes,
+            score=moe.score,
+            normalize=moe.normalize,
+            expert_bias=self.expert_bias,
+            num_groups=moe.num_groups,
+            group_top_k=moe.group_top_k,
+            scale=moe.scale,
+        )
+        return routing, logits_TE
 
     def _capacity(self, T: int) -> int | None:
         moe = self.config
