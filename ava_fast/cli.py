@@ -8,6 +8,7 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast profile --config configs/demo.yaml --steps 5
     ava-fast replay outputs/runs/run_…/bad_batches/step_9_at_80
 
 Exit code 2 and one line where the input cannot be used.
@@ -44,6 +45,21 @@ def _preflight(options: argparse.Namespace) -> int:
     checks = run_checks(load_config(options.config, options.override), options.world_size)
     print(table(checks))
     return 0 if all(check.ok for check in checks) else UserError.exit_code
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from ava_fast.engine import close_distributed, init_distributed
+    from ava_fast.observe.profile import profile
+
+    if options.steps < 1:
+        raise UserError(f"--steps: is {options.steps}; give at least 1")
+    config = load_config(options.config, options.override)
+    init_distributed(config)
+    try:
+        profile(config, options.steps)
+    finally:
+        close_distributed()
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -142,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_preflight)
 
     add_data_commands(commands)
+
+    command = commands.add_parser("profile", help="where the time and memory of a training step go")
+    command.add_argument("--config", required=True)
+    command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    command.add_argument("--steps", type=int, default=5, help="that are profiled (default: 5)")
+    command.set_defaults(command=_profile)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")
