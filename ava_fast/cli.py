@@ -49,7 +49,7 @@ def _preflight(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     from ava_fast.engine import close_distributed, init_distributed
-    from ava_fast.observe.profile import profile
+    from ava_fast.profiling import profile
 
     if options.steps < 1:
         raise UserError(f"--steps: is {options.steps}; give at least 1")

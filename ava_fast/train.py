@@ -76,7 +76,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
     start_logging(run_folder if _rank() == 0 else None)
     logger.info(f"run {run_folder}")
-    shards = _on_rank_0(lambda: prepare_data(config))
+    shards = _on_rank_0(lambda: _prepare(config))
     weights = _initial_weights(config) if checkpoint is None else None
     trainer = Trainer(config, run_folder, shards, weights)
     if checkpoint is not None:
@@ -149,7 +149,7 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
     return finished_lines(run, config) if run else None
 
 
-def prepare_data(config: Config) -> list[Source]:
+def _prepare(config: Config) -> list[Source]:
     data, prepared = config.data, []
     tokenizer = data.tokenizer_name
     for folder, weight in config.sources:

@@ -48,9 +48,8 @@ def read(path: Path) -> list[Event]:
 
 def times_by_part(events: list[Event]) -> dict[str, Any]:
     """→ "steps": the milliseconds of each, "host" and "device": milliseconds a step by part; no device, none."""
-    steps = [event for event in events if event["name"] == PREFIX + "step" and event.get("cat") == "user_annotation"]
-    thread = steps[0]["tid"]
-    windows = [(step["ts"], step["ts"] + step["dur"]) for step in steps]
+    steps = _steps(events)
+    thread, windows = steps[0]["tid"], [_interval(step) for step in steps]
     made_by = _parts_by_sequence(events)
     host: dict[str, float] = defaultdict(float)
     elsewhere = _union(_interval(e) for e in events if _is_collective(e) and "dur" in e and e["tid"] != thread)
@@ -67,17 +66,26 @@ def times_by_part(events: list[Event]) -> dict[str, Any]:
             host["communication"] += waiting
             host["host gaps"] += inside[1] - inside[0] - waiting
     found = {"steps": [step["dur"] / 1e3 for step in steps], "host": _a_step(host, len(steps)), "device": {}}
-    kernels = [event for event in events if event.get("cat") in ON_DEVICE]
+    kernels = _on_device(events, ON_DEVICE)
     if kernels:
         device: dict[str, float] = defaultdict(float)
         launched = launches(events)
         for kernel in kernels:
-            if any(_overlap(_interval(kernel), [window]) for window in windows):
-                device[_part_of_kernel(kernel, launched)] += kernel["dur"]
+            device[_part_of_kernel(kernel, launched)] += kernel["dur"]
         busy = _union(_interval(kernel) for kernel in kernels)
         device["host gaps"] = sum(end - start - _overlap((start, end), busy) for start, end in windows)
         found["device"] = _a_step(device, len(steps))
     return found
+
+
+def _steps(events: list[Event]) -> list[Event]:
+    return [event for event in events if event["name"] == PREFIX + "step" and event.get("cat") == "user_annotation"]
+
+
+def _on_device(events: list[Event], categories: tuple[str, ...]) -> list[Event]:
+    """What runs on the device in the steps."""
+    windows = [_interval(step) for step in _steps(events)]
+    return [e for e in events if e.get("cat") in categories and _overlap(_interval(e), windows)]
 
 
 def _a_step(microseconds: dict[str, float], steps: int) -> dict[str, float]:
@@ -209,7 +217,7 @@ def kernels(
     launched = launches(events)
     own = _own_flops(config, world_size)
     alone: dict[int, int] = defaultdict(int)  # kernels of an operator
-    device = [event for event in events if event.get("cat") == "kernel"]
+    device = _on_device(events, ("kernel",))
     for kernel in device:
         if launch := launched.get(kernel["args"]["correlation"]):
             alone[id(launch.operator)] += 1
@@ -297,7 +305,7 @@ def kernel_table(rows: list[dict[str, Any]], most: int = 20) -> str:
 def memory_timeline(events: list[Event], device: str) -> dict[str, list[float]]:
     """→ "ms" from the first step on and "bytes" allocated then, and "steps": where each began."""
     kind = {"cpu": 0, "cuda": 1}[device]
-    steps = [event["ts"] for event in events if event["name"] == PREFIX + "step"]
+    steps = [step["ts"] for step in _steps(events)]
     found = sorted(
         (event["ts"], event["args"]["Total Allocated"])
         for event in events

@@ -29,21 +29,19 @@ from ava_fast.errors import UserError
 from ava_fast.observe import trace as traces
 from ava_fast.observe.run import say
 from ava_fast.parts import named, part
+from ava_fast.train import _on_rank_0, _preflight, _prepare
+from ava_fast.trainer import Trainer
 
 WARM_UP = 3
 
 
 def profile(config: Config, steps: int) -> Path:
     """Profiles `steps` steps after WARM_UP others on every rank, from within a process group; returns the folder."""
-    from ava_fast.train import prepare_data
-    from ava_fast.trainer import Trainer
-
     rank = dist.get_rank()
-    folder = [_new_folder(Path(config.logging.output_dir)) if rank == 0 else None]
-    dist.broadcast_object_list(folder, src=0)
-    output = folder[0]
-    assert output is not None
-    trainer = Trainer(config, output, prepare_data(config))
+    _on_rank_0(lambda: _preflight(config))
+    shards = _on_rank_0(lambda: _prepare(config))
+    output = _on_rank_0(lambda: _new_folder(Path(config.logging.output_dir)))
+    trainer = Trainer(config, output, shards)
     if rank == 0:
         say(f"{WARM_UP} steps to warm up, then {steps} with the profiler, on {dist.get_world_size()} rank(s)")
     for _ in range(WARM_UP):
