@@ -100,8 +100,10 @@ def main() -> int:
     parser.add_argument("--without", action="append", default=[], help="a contender to leave out; repeatable")
     parser.add_argument("--processes", action="store_true", help="work in a second process on a CPU too")
     parser.add_argument("--only-quick", action="store_true", help="without contenders that are slow to compile")
+    parser.add_argument("--name", help="of the file of results; experts_cpu or experts_cuda if left out")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    name = options.name or f"experts_{options.device}"
     sizes = options.size or SIZES[options.device]
     if options.rows:
         numbers = [int(n) for n in options.rows.split(",")]
@@ -135,10 +137,10 @@ def main() -> int:
             continue
         result["sizes"] = list(rows.values())
         result["not_run"] = [f"{size}, {load}" for size in sizes for load in LOADS if (*size, load) not in rows]
-        machine.write(f"experts_{options.device}", result)
+        machine.write(name, result)
         if time.monotonic() > deadline:
             break
-    print(machine.write(f"experts_{options.device}", result))
+    print(machine.write(name, result))
     return 0 if result["sizes"] else 1
 
 
