@@ -10,7 +10,7 @@ On a CPU contenders take turns, so that a machine whose speed drifts slows all o
 all models at once: each is built, timed and freed, one that fails is recorded with the reason, and ratios are of
 medians. There "grouped_mm build" is our model with the experts by torch's F.grouped_mm, and Liger's kernels are put
 into transformers' model where they are installed; each size runs as its router is initialised (`balanced`), and with
-the router's rows scaled so that experts are asked unevenly, as learned ones do (`learned`).
+routers that prefer some experts, as learned ones do (`learned`).
 """
 
 from __future__ import annotations
@@ -205,11 +205,7 @@ def builders(device: str) -> dict[str, Callable[[Config, int, str], Built]]:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         model = Transformer(config).to(device, dtype)
         if load == "learned":
-            with torch.no_grad():
-                for block in model.modules():
-                    if isinstance(block, moe.MoeBlock):
-                        ranks = torch.randperm(len(block.router), device=device) + 1
-                        block.router.mul_(len(block.router) * (ranks / len(block.router)).pow(-0.5)[:, None])
+            _prefer_some(model)
         inputs, labels = _batch(config, batch, device)
         return model, lambda: model(inputs, labels).objective
 
@@ -233,6 +229,19 @@ def builders(device: str) -> dict[str, Callable[[Config, int, str], Built]]:
 
     known = {"ava-fast": ours, "grouped_mm build": grouped_mm, "transformers grouped_mm": theirs}
     return known | ({"transformers, Liger": functools.partial(theirs, liger=True)} if device == "cuda" else {})
+
+
+@torch.no_grad()
+def _prefer_some(model: Transformer) -> None:
+    """All tokens get a direction in common, along which routers see a preference for each expert: a standard normal one
+    beside logits of the same spread, as `skewed` in `bench.routing`."""
+    embedding = model.embed.weight
+    common = torch.randn_like(embedding[0]) * embedding.std()
+    embedding += common
+    for block in model.modules():
+        if isinstance(block, moe.MoeBlock):
+            spread = block.router.std() * 2**0.5  # half of a token's energy is the common direction's
+            block.router += spread * torch.randn_like(block.router[:, :1]) * common / common.norm()
 
 
 def _experts_by_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, routing: Any) -> torch.Tensor:
