@@ -233,15 +233,9 @@ def builders(device: str) -> dict[str, Callable[[Config, int, str], Built]]:
 
 @torch.no_grad()
 def _prefer_some(model: Transformer) -> None:
-    """All tokens get a direction in common, along which routers see a preference for each expert: a standard normal one
-    beside logits of the same spread, as `skewed` in `bench.routing`."""
+    """All tokens get a direction in common, and every router has an opinion on it: all ask the same experts more."""
     embedding = model.embed.weight
-    common = torch.randn_like(embedding[0]) * embedding.std()
-    embedding += common
-    for block in model.modules():
-        if isinstance(block, moe.MoeBlock):
-            spread = block.router.std() * 2**0.5  # half of a token's energy is the common direction's
-            block.router += spread * torch.randn_like(block.router[:, :1]) * common / common.norm()
+    embedding += 0.3 * embedding.std() * torch.randn_like(embedding[0])
 
 
 def _experts_by_grouped_mm(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, routing: Any) -> torch.Tensor:

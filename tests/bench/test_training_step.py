@@ -29,7 +29,7 @@ def test_contenders_apart_and_one_that_fails(monkeypatch):
 
 
 def test_the_builds_compute_the_same_and_learned_routing_is_uneven():
-    config = training_step.config_of({**TINY, "experts": 16, "length": 64})
+    config = training_step.config_of({**TINY, "hidden": 64, "experts": 32, "top_k": 4, "length": 64})
     build = training_step.builders("cpu")
     objective, by_grouped_mm, theirs = (make(config, 4, "balanced")[1]().item() for make in build.values())
     heaviest = {}
