@@ -44,7 +44,12 @@ fetch() { # into a folder, for the other machine's Python
 
 group() {
   case $1 in
-    ours) build "$here" ;;
+    ours) # from a copy: what an earlier build has left in the tree would go into the wheel
+      copy=$(mktemp -d)
+      trap 'rm -rf "$copy"' EXIT
+      (cd "$here" && cp -r pyproject.toml setup.py README.md LICENSE csrc ava_fast kernels "$copy")
+      find "$copy" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+      build "$copy" ;;
     deepspeed) DS_BUILD_OPS=0 DS_ACCELERATOR=cpu build "$(pinned deepspeed)" ;;
     needed)
       fetch "$folder" "$(pinned pydantic)" "$(pinned pyyaml)" "$(pinned tokenizers)" "$(pinned safetensors)" \
