@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 LOAD_BEFORE = os.getloadavg()[0]  # before this process has done anything
 CODE = ("ava_fast", "kernels", "csrc", "configs", "bench/*.py")  # what results depend on
+LEAST_TURNS = 8  # with those that warm up
 VERSIONS = ("torch", "triton", "transformers", "deepspeed", "tokenizers", "datasets")
 
 
@@ -115,11 +116,14 @@ def timed(action: Callable[[], object], device: str, before: Callable[[], object
     return start.elapsed_time(end) / 1e3
 
 
-def turns(count: int, label: str) -> Iterator[int]:
-    """range(count); on a terminal, says meanwhile how many are done and how long the rest will take."""
+def turns(count: int, label: str, seconds: float = float("inf")) -> Iterator[int]:
+    """range(count), or as many as `seconds` allow, but LEAST_TURNS; on a terminal, says meanwhile how many are done and
+    how long the rest will take."""
     shown, started_at = sys.stderr.isatty(), time.monotonic()
     for turn in range(count):
         yield turn
+        if turn + 1 >= LEAST_TURNS and time.monotonic() - started_at > seconds:
+            return
         if shown:
             left = (time.monotonic() - started_at) / (turn + 1) * (count - turn - 1)
             line = f"  {label}: {turn + 1} of {count} turns, {left:.0f} s left"
@@ -127,11 +131,16 @@ def turns(count: int, label: str) -> Iterator[int]:
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], device: str, runs: int, warm_up: int = 3, label: str = "timing"
+    contenders: dict[str, Callable[[], object]],
+    device: str,
+    runs: int,
+    warm_up: int = 3,
+    label: str = "timing",
+    allotted: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of `runs` calls of each, all of them once in every turn."""
+    """Seconds of `runs` calls of each, or of as many as the allotted seconds allow; all of them once in every turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in turns(warm_up + runs, label):
+    for turn in turns(warm_up + runs, label, allotted):
         for name, contender in contenders.items():
             elapsed = timed(contender, device)
             if turn >= warm_up:

@@ -65,10 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times a training step beside transformers' Mixtral.")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--size", action="append", choices=[*SIZES, *GPU_SIZES], help="repeatable; the device's if not")
-    parser.add_argument("--budget", type=float, help="minutes; what is not begun by then is left out (on a GPU)")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="minutes; fewer runs, on a GPU fewer sizes, if they need it"
+    )
     options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.budget
     if torch.cuda.is_available():
-        deadline = time.monotonic() + 60 * options.budget if options.budget else float("inf")
         for name in options.size or GPU_SIZES:
             size = {**SIZES, **GPU_SIZES}[name]
             for load in ("balanced", "learned"):
@@ -79,14 +81,15 @@ def main() -> None:
                 result = {"precision": "bf16", "runs": options.runs, "name": name, "routing": load, **size, **row}
                 print(machine.write(f"training_step_cuda_{name}_{load}", result), flush=True)
         return
-    for name in options.size or SIZES:
-        size = SIZES[name]
-        row = {"name": name, **size, **_compare(config_of(size), size["batch"], options.runs)}
+    names = options.size or list(SIZES)
+    for number, name in enumerate(names):
+        size, allotted = SIZES[name], (deadline - time.monotonic()) / (len(names) - number)
+        row = {"name": name, **size, **_compare(config_of(size), size["batch"], options.runs, allotted)}
         print(f"{name}: {row['ratio']:.2f}× {row['fastest_peer']}", flush=True)
         for contender, figures in row["contenders"].items():
             rate = figures["tokens_per_second"]
             print(f"  {contender:24} {figures['median_ms']:8.1f} ms  {rate:8,.0f} tok/s", flush=True)
-        print(machine.write(f"training_step_cpu_{name}", {"precision": "fp32", "runs": options.runs, **row}))
+        print(machine.write(f"training_step_cpu_{name}", {"precision": "fp32", **row}))
 
 
 def config_of(size: dict[str, int], precision: str = "fp32") -> Config:
@@ -125,10 +128,10 @@ def contenders(config: Config, batch: int) -> dict[str, tuple[Callable[[], objec
     }
 
 
-def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
+def _compare(config: Config, batch: int, runs: int, allotted: float) -> dict[str, Any]:
     known, tokens = contenders(config, batch), batch * config.data.max_length
     times: dict[str, list[float]] = {name: [] for name in known}
-    for run in machine.turns(WARM_UP + runs, "training step"):
+    for run in machine.turns(WARM_UP + runs, "training step", allotted):
         for name, (select, step) in known.items():
             select()
             elapsed = machine.timed(step, "cpu")
@@ -138,6 +141,7 @@ def _compare(config: Config, batch: int, runs: int) -> dict[str, Any]:
     fastest = min((name for name in medians if name != "ava-fast"), key=lambda name: medians[name])
     pairs = machine.spread_of_ratios(times[fastest], times["ava-fast"])  # the two of a turn ran in the same seconds
     return {
+        "runs": len(times["ava-fast"]),
         "parameters": sum(parameter.numel() for parameter in Transformer(config).parameters()),
         "flops": flops_per_token(config) * tokens,
         "contenders": {
