@@ -90,6 +90,11 @@ def _numbers(text: str) -> list[int]:
 
 def _device(config: Config) -> str:
     if not torch.cuda.is_available():
+        if config.training.attention_backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError("training.attention_backend: triton needs a GPU, and there is none; set auto")
+        compiler = os.environ.get("CXX", "g++")
+        if config.training.compile and not (shutil.which(compiler) or shutil.which("clang++")):
+            raise UserError(f"training.compile: needs a C++ compiler on a CPU, and there is no {compiler}; set false")
         return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank"
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     if config.training.precision == "bf16" and not torch.cuda.is_bf16_supported():
@@ -143,8 +148,8 @@ def _output(config: Config) -> str:
 def _disk(config: Config) -> str:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    kept = (config.checkpoint.save_total_limit or 1) + 1  # one more while it is written
-    needed = kept * (18 if config.training.precision == "bf16" else 16) * parameters
+    kept = (config.checkpoint.save_total_limit or 1) + config.checkpoint.keep_best + 1  # one while it is written
+    needed = kept * 12 * parameters  # fp32 weights and two moments
     folder = Path(config.logging.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -72,15 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: Config, options: argparse.Namespace, started_at: float) -> None:
     _on_rank_0(lambda: _preflight(config))
-    checkpoint = _on_rank_0(lambda: _checkpoint(config, options))
-    run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
+    checkpoints = _on_rank_0(lambda: _checkpoints(config, options))
+    run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
     start_logging(run_folder if _rank() == 0 else None)
     logger.info(f"run {run_folder}")
-    shards = _on_rank_0(lambda: _prepare(config))
-    weights = _initial_weights(config) if checkpoint is None else None
+    shards = prepare_data(config)
+    weights = None if checkpoints else initial_weights(config)
     trainer = Trainer(config, run_folder, shards, weights)
-    if checkpoint is not None:
-        trainer.load(checkpoint, optimizer=not options.reset_optimizer)
+    if checkpoints:
+        checkpoint = trainer.load(*checkpoints, optimizer=not options.reset_optimizer)
         logger.info(f"resuming after step {trainer.step} from {checkpoint}")
     if _rank() == 0:
         (run_folder / "config.yaml").write_text(dump_config(config))
@@ -127,18 +127,19 @@ def _preflight(config: Config) -> None:
         raise UserError("preflight refused the run: " + "; ".join(check.detail for check in failed))
 
 
-def _checkpoint(config: Config, options: argparse.Namespace) -> Path | None:
+def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
+    """What `--resume` may mean, the best choice first; nothing for a new run."""
     if options.resume is None:
         if options.reset_optimizer:
             raise UserError("--reset-optimizer: needs --resume; a new run has a fresh optimizer anyway")
-        return None
+        return []
     if options.resume != "latest":
-        return store.find_checkpoint(Path(options.resume))
+        return store.candidates(Path(options.resume))
     run = newest_run(config)
     if run is None:
         say(f"--resume latest: no run named {config.logging.experiment_name or '(none)'} to resume; starting a new one")
-        return None
-    return store.find_checkpoint(run)
+        return []
+    return store.candidates(run)
 
 
 def _finished(config: Config, options: argparse.Namespace) -> str | None:
@@ -147,6 +148,11 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
         return None
     run = newest_run(config) if options.resume == "latest" else Path(options.resume)
     return finished_lines(run, config) if run else None
+
+
+def prepare_data(config: Config) -> list[Source]:
+    """Prepares what is not yet, on rank 0. Collective; raises UserError on every rank."""
+    return _on_rank_0(lambda: _prepare(config))
 
 
 def _prepare(config: Config) -> list[Source]:
@@ -171,7 +177,8 @@ def _prepare(config: Config) -> list[Source]:
     return prepared
 
 
-def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+def initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+    """Of `training.init_from`, if it is set. Raises UserError if they are another model's."""
     if config.training.init_from is None:
         return None
     weights, sections = read_model(Path(config.training.init_from))

@@ -5,35 +5,36 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from ava_fast.checkpoint import store
-from ava_fast.compatibility import model_differences
+from ava_fast.checkpoint.generators import generator_states, restore_generators, seed_generators
+from ava_fast.checkpoint.keeper import Keeper
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
-from ava_fast.evaluate.heldout import heldout_loss
+from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.parts import part
+from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.schedule.noise_scale import NoiseScale
 from ava_fast.stability import surgery
 from ava_fast.stability.failures import (
     PAUSES,
@@ -42,7 +43,6 @@ from ava_fast.stability.failures import (
     in_a_line,
     is_network,
     is_out_of_memory,
-    may_pass,
     more_room,
     retried,
 )
@@ -85,13 +85,22 @@ class Trainer:
         if weights is not None:
             model.load_state_dict(weights)
         self.engine = Engine(model, config)
+        self.keeper = Keeper(self.checkpoints, self.engine, config, self.shards / "tokenizer.json")
         seed_generators(training.seed + 1 + rank)  # different noise on each
-        self.judge = Judge(config.stability)
+        self.judge = Judge(config.stability, training.adaptive_lr.emergency_factor)
+        self.adaptive = AdaptiveRate(training)
+        self.rate: Callable[[int], float] = self.adaptive.rate
+        """The learning rate of a step, counted from 0, before the judge's factor."""
+        self.noise_scale: NoiseScale | None = None
+        if training.noise_scale_steps:
+            per_step = training.batch_size * training.gradient_accumulation_steps
+            self.noise_scale = NoiseScale(training.batch_size / world_size, per_step)
         self.step = 0
         """Optimizer steps taken; a skipped batch is none."""
         self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
-        self.evaluated_at = self.saved_at = -1
-        self.heldout = math.nan
+        self.evaluated_at = -1
+        self.heldout = self.loss = math.nan
+        """The losses last seen: held-out, and of a step's micro-batches on all ranks; nats per token."""
         self._stop_signal = 0
         # Of this rank, in the step under way: what went wrong, in words, and the position of its batch.
         self._failures: list[tuple[Trouble, str, int]] = []
@@ -137,19 +146,26 @@ class Trainer:
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
-                self.save()
+                self.save(wait=bool(interrupted))
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
         if self.evaluated_at != self.step:
             self._evaluate()
-        if self.saved_at != self.step:
-            self.save()
+        if self.keeper.saved_at != self.step:
+            self.save(wait=True)
+        self.keeper.settle()
+        self._note_saves()
+
+    def advance(self) -> tuple[Ruling, float]:
+        """One step of a loop that is not `run` → the ruling, and the loss as a mean over ranks. Collective."""
+        ruling, _ = self._step()
+        return ruling, self.loss
 
     def _step(self) -> tuple[Ruling, int]:
         """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
         training, engine = self.config.training, self.engine
-        started_at, noise = time.perf_counter(), _generator_states()
+        started_at, noise = time.perf_counter(), generator_states()
         batches, positions, seen = [], [], []
         self._failures, self._lost_step, self._gradients = [], False, []
         sequences = training.batch_size * training.gradient_accumulation_steps
@@ -162,18 +178,19 @@ class Trainer:
             seen.append(self._compute(batches[-1]))
         totals = self._over_ranks(torch.stack(seen).sum(0))
         self._stretch = None
-        (loss, balance_loss, z_loss), routing, requested_LE, failures, interrupted = totals
-        lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
+        (loss, balance_loss, z_loss, square), routing, requested_LE, failures, interrupted = totals
+        self.loss = loss
+        lr, ruling = self.rate(self.step), Ruling(Verdict.SKIP, False, 1.0)
 
         def decide(grad_norm: float) -> float | None:
             nonlocal lr, ruling
-            ruling = self.judge.rule(loss, grad_norm, can_roll_back=self.saved_at >= 0)
+            ruling = self.judge.rule(loss, grad_norm, can_roll_back=self.keeper.saved_at >= 0)
             lr *= ruling.factor
             return lr if ruling.apply else None
 
         if failures:
             engine.discard()
-            ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.saved_at >= 0, failures=failures)
+            ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.keeper.saved_at >= 0, failures=failures)
             result = StepResult(math.nan, 0, applied=False)
         else:
             targets = self._operate()
@@ -185,13 +202,20 @@ class Trainer:
             culprits = self._culprits(ruling, batches, positions, own_losses, noise)
             self._tell(ruling, loss, result, culprits)
             self._dump(batches, noise)
+            self.adaptive.disturbed()
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
-            _restore_generators(noise)  # the next batch is seen as if this one had never been
+            restore_generators(noise)  # the next batch is seen as if this one had never been
             return ruling, interrupted
         self._targets = targets
         update_expert_biases(engine.model, requested_LE)
+        scheduled, change = learning_rate(self.step, training), None
+        if ruling.trouble is None:
+            change = self.adaptive.observe(self.step, loss, result.grad_norm)
+            if self._measures_noise():
+                assert self.noise_scale is not None
+                self.noise_scale.update(square, result.grad_norm**2)
         self.step += 1
         seconds = time.perf_counter() - started_at
         tokens_per_step = sequences * self.config.data.max_length
@@ -206,6 +230,8 @@ class Trainer:
                 **({"routing": routing} if len(requested_LE) else {}),
                 "verdict": ruling.verdict.value,
                 "learning_rate": lr,
+                **({"scheduled_rate": scheduled} if training.adaptive_lr.enabled else {}),
+                **({"noise_scale": self.noise_scale.sequences} if self.noise_scale else {}),
                 "grad_norm": result.grad_norm,
                 "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
                 "seconds": seconds,
@@ -214,7 +240,16 @@ class Trainer:
                 "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
             }
         )
+        if change is not None:
+            if self._metrics:
+                self._metrics.write(
+                    {"kind": "rate", "step": self.step, "factor": change.factor, "reason": change.reason}
+                )
+            logger.info(f"step {self.step} | {change.reason}")
         return ruling, interrupted
+
+    def _measures_noise(self) -> bool:
+        return self.noise_scale is not None and self.step % self.config.training.noise_scale_steps == 0
 
     def _read(self) -> Batch:
         """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
@@ -243,13 +278,13 @@ class Trainer:
         raised, and ends the run on every rank. Once it is known that the step is lost, nothing is computed.
         """
         engine, (L, E) = self.engine, self._routed
-        figures = torch.zeros(3 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
+        figures = torch.zeros(4 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
         if self._lost_step:
             return figures
         try:
             output = self._forward(batch)
             if engine.collectives == "step":
-                self._backward(output)
+                square = self._backward(output)
                 if self.config.stability.gradient_surgery != "none":
                     self._gradients.append(engine.take_gradient())
         except Exception as error:
@@ -263,8 +298,8 @@ class Trainer:
         if self._lost_step:
             return figures
         if engine.collectives != "step":
-            self._backward(output)
-        return _figures(output)
+            square = self._backward(output)
+        return _figures(output, square)
 
     def _operate(self) -> surgery.Matrix:
         """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
@@ -290,8 +325,15 @@ class Trainer:
         output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
         return output
 
-    def _backward(self, output: Output) -> None:
-        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
+    def _backward(self, output: Output) -> torch.Tensor:
+        """→ the squared norm of this rank's own gradient of the micro-batch, 0-d; 0 where it is not asked for."""
+        N = self.config.training.gradient_accumulation_steps
+        if not self._measures_noise():
+            self.engine.backward(output.objective / N)
+            return torch.zeros((), device=self.engine.device)
+        with self.engine.squared_gradients() as squares:
+            self.engine.backward(output.objective / N)
+        return N**2 * torch.stack(squares).sum()
 
     def _culprits(
         self,
@@ -308,7 +350,7 @@ class Trainer:
         """
         names: list[str] = []
         if ruling.trouble is Trouble.GRADIENT:
-            _restore_generators(noise)
+            restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
                 for batch in batches:
                     self._backward(self._forward(batch))
@@ -373,23 +415,11 @@ class Trainer:
         """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""
         stretch = (self._trouble_from or 0, self.loader.position)
         avoid, abandoned = [*self.loader.avoid, stretch], self.step
-        choice: list[Path | str] = [""]
-        if self.engine.rank == 0:
-            choice = [_last_good(self.checkpoints)]
-        dist.broadcast_object_list(choice, src=0)
-        checkpoint = choice[0]
-        if not isinstance(checkpoint, Path):
-            raise TrainingError(f"step {self.step}: cannot roll back: {checkpoint}")
         judge = self.judge.state_dict()
-        self.load(checkpoint)
+        checkpoint = self.load(*self.keeper.good_ones(self.step))
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
-        error = None
-        if self.engine.rank == 0:
-            error = attempt(lambda: store.avoid(self.checkpoints, stretch))
-            error = error or attempt(lambda: store.rewind(checkpoint))
-        if failure := self._failed_anywhere(error):
-            raise TrainingError(f"{checkpoint}: rolled back to it, but its folder cannot be written to ({failure})")
+        self.keeper.go_back(checkpoint, stretch)
         if self._metrics:
             self._unwatch()
             self._watch()
@@ -407,132 +437,106 @@ class Trainer:
             self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
-    def save(self, *, emergency: bool = False) -> None:
-        """Writes `checkpoints/step_N`, on all ranks or, if one of them cannot, on none.
+    def save(self, *, wait: bool = False, emergency: bool = False) -> None:
+        """Begins to write `checkpoints/step_N`; with `wait` or `emergency` it is on the disk afterwards. `emergency`:
+        not one to roll back to while there is another. Raises TrainingError if it or the last one cannot be written."""
+        state = {
+            "data": self.loader.state_dict(),
+            "stability": {
+                "calm": self.judge.calm and not emergency,
+                "judge": self.judge.state_dict(),
+                "trouble_from": self._trouble_from,
+                "targets": self._targets,
+            },
+            "schedule": {
+                "adaptive": self.adaptive.state_dict(),
+                "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
+            },
+            "heldout_loss": _number(self.heldout),
+            "probe": self._probe(),
+            "heldout_step": self.evaluated_at,
+        }
+        self.keeper.save(self.step, state, wait=wait or emergency)
 
-        `emergency`: not one to roll back to while there is another. What the network may have done is tried again.
-        Raises TrainingError if it could not be written; nothing half-written stays.
+    def _probe(self) -> dict[str, Any]:
+        """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
+        tokens = self.heldout_NS1[0, : PROBE + 1].tolist()
+        return {"tokens": tokens, "loss": _number(probe_loss(self.engine.model, tokens, self.engine.device))}
+
+    def load(self, *checkpoints: Path, optimizer: bool = True) -> Path:
+        """Continues where the first of `checkpoints` that verifies stood: weights, optimizer, step, data position,
+        judge, random generators → which it was.
+
+        With `optimizer=False` AdamW starts anew. Raises UserError if none verifies or it is of another model or data
+        set.
         """
-        started_at = time.perf_counter()
-        folder = self.checkpoints / f"step_{self.step}.tmp"
-        for pause in (*PAUSES, None):
-            failure = self._save(folder, calm=self.judge.calm and not emergency)
-            if failure is None:
-                break
-            if pause is None or not may_pass(failure):
-                raise TrainingError(
-                    f"{folder.with_suffix('')}: the checkpoint could not be written ({failure}); {self._safe()}"
-                )
-            self._retries += self.engine.rank == 0
-            logger.warning(f"{folder}: {failure}; tried again in {pause:g} s")
-            time.sleep(pause)
-        self.saved_at = self.step
-        logger.info(f"step {self.step} | saved {folder.with_suffix('')} | {duration(time.perf_counter() - started_at)}")
-
-    def _save(self, folder: Path, *, calm: bool) -> str | None:
-        """→ why it could not be written, the same on every rank."""
-        error = None
-        if self.engine.rank == 0:
-            error = attempt(lambda: store.open_folder(self.checkpoints, self.step))
-        if not self._failed_anywhere(error):
-            error = attempt(lambda: self._write(folder))
-        if not self._failed_anywhere(error) and self.engine.rank == 0:
-            contents = {
-                "step": self.step,
-                "world_size": self.engine.world_size,
-                "config": self.config.model_dump(),
-                "data": self.loader.state_dict(),
-                "stability": {
-                    "calm": calm,
-                    "judge": self.judge.state_dict(),
-                    "trouble_from": self._trouble_from,
-                    "targets": self._targets,
-                },
-                "heldout_loss": None if math.isnan(self.heldout) else self.heldout,
-                "heldout_step": self.evaluated_at,
-            }
-            error = attempt(lambda: store.commit(folder, contents, self.config.checkpoint.save_total_limit))
-        failure = self._failed_anywhere(error)
-        if failure and self.engine.rank == 0:
-            store.discard(folder)
-        return failure
-
-    def _write(self, folder: Path) -> None:
-        self.engine.save(folder / "engine")
-        if self.engine.rank == 0:
-            shutil.copyfile(self.shards / "tokenizer.json", folder / "tokenizer.json")
-        torch.save(_generator_states(), folder / f"rank_{self.engine.rank}.pt")
-
-    def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
-        """Continues where `checkpoint` stood: weights, optimizer, step, data position, judge, random generators.
-
-        With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
-        data set or world size.
-        """
-        manifest = store.read_manifest(checkpoint)
-        differences = model_differences(self.config, manifest["config"])
-        if differences:
-            raise UserError(f"{checkpoint}: is of another model: {'; '.join(differences)}; resume with its settings")
-        self.loader.load_state_dict(manifest["data"])
+        checkpoint, state = self.keeper.load(checkpoints, optimizer=optimizer)
+        self.loader.load_state_dict(state["data"])
         self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
-        self.engine.load(checkpoint / "engine", optimizer=optimizer)
-        generators = checkpoint / f"rank_{self.engine.rank}.pt"
-        if generators.is_file():  # a larger world has ranks that were never saved
-            _restore_generators(torch.load(generators, weights_only=False))
-        self.judge.load_state_dict(manifest["stability"]["judge"])
-        self._trouble_from = manifest["stability"]["trouble_from"]
-        targets = manifest["stability"].get("targets", [])
+        if schedule := state.get("schedule"):
+            self.adaptive.load_state_dict(schedule["adaptive"])
+            if self.noise_scale and schedule["noise_scale"]:
+                self.noise_scale.load_state_dict(schedule["noise_scale"])
+        stability = state["stability"]
+        self.judge.load_state_dict(stability["judge"])
+        self._trouble_from = stability["trouble_from"]
+        targets = stability.get("targets", [])
         if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
             self._targets = targets
-        self.step = self.saved_at = manifest["step"]
-        self.evaluated_at = manifest["heldout_step"]
-        if manifest["heldout_loss"] is not None:
-            self.heldout = manifest["heldout_loss"]
+        self.step, self.evaluated_at = state["step"], state["heldout_step"]
+        if state["heldout_loss"] is not None:
+            self.heldout = state["heldout_loss"]
+        return checkpoint
 
     def _over_ranks(
         self, figures: torch.Tensor
     ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, dict[Trouble, int], int]:
-        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
-        over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what failed, and the signal
-        that asks to stop (or 0).
+        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses, squared gradient norm and
+        routing figures, means over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what
+        failed, and the signal that asks to stop (or 0).
 
         One all-reduce, and one wait for the device.
         """
         signal_number, (L, E) = self._stop_signal, self._routed
         own = {trouble for trouble, _, _ in self._failures}
-        health = [signal_number, self._retries, *(trouble in own for trouble in FAILURES)]
+        health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
+        health += [trouble in own for trouble in FAILURES]
         shared = torch.cat((figures, figures.new_tensor(health)))
         with part("communication"):
             dist.all_reduce(shared)
-        sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
+        sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
-        signals, retries, *failed = means[-len(health) :]
+        signals, failed_saves, retries, *failed = means[-len(health) :]
+        if failed_saves:
+            self.keeper.settle()
         self._count_retries(int(retries))
+        self._note_saves()
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
         failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
-        by_block = (means[3 + i * L : 3 + (i + 1) * L] for i in range(len(names)))
+        by_block = (means[4 + i * L : 4 + (i + 1) * L] for i in range(len(names)))
         routing = {name: [round(value, 6) for value in values] for name, values in zip(names, by_block, strict=True)}
         # Any rank's signal stops all of them after the same step.
         interrupted = signal_number or (signal.SIGTERM if signals else 0)
-        return means[:3], routing, requested_LE, failures, interrupted
+        return means[:4], routing, requested_LE, failures, interrupted
+
+    def _note_saves(self) -> None:
+        """Those that have been finished since the last call."""
+        while self.keeper.news:
+            record = self.keeper.news.pop(0)
+            if self._metrics:
+                self._metrics.write(record)
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
-        self._retries = 0
+        self._retries = self.keeper.retries = 0
         if retries:
             self.judge.counts[RETRIED] += retries
             if self._metrics:
                 self._metrics.write({"kind": "retry", "step": self.step, "retries": retries})
             logger.warning(f"after step {self.step}: {retries} × {RETRIED}")
-
-    def _failed_anywhere(self, error: str | None) -> str | None:
-        """This rank's error, or another's, on every rank."""
-        errors: list[str | None] = [None] * self.engine.world_size
-        dist.all_gather_object(errors, error)
-        return next((e for e in errors if e), None)
 
     def _stopped(self, ruling: Ruling) -> TrainingError:
         """After an emergency checkpoint: what happened, and what to try."""
@@ -575,14 +579,10 @@ class Trainer:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
         advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
         return LostRank(
-            f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self._safe()}. "
+            f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
             resumable=network,
         )
-
-    def _safe(self) -> str:
-        saved = store.list_checkpoints(self.checkpoints)
-        return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -630,34 +630,10 @@ class Trainer:
                 signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
-def seed_generators(seed: int) -> None:
-    """python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _figures(output: Output) -> torch.Tensor:
+def _figures(output: Output, square: torch.Tensor) -> torch.Tensor:
     """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
-    losses_3 = torch.stack((output.loss, output.balance_loss, output.z_loss))
-    return torch.cat((losses_3, output.routing.flatten(), output.requested.flatten().double()))
-
-
-def _generator_states() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _restore_generators(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    losses_4 = torch.stack((output.loss, output.balance_loss, output.z_loss, square))
+    return torch.cat((losses_4, output.routing.flatten(), output.requested.flatten().double()))
 
 
 def _number(value: float) -> float | None:
@@ -677,21 +653,6 @@ def _blame(culprits: list[dict[str, Any]]) -> str:
         + "".join(f", {error}" for error in each.get("errors", []))
         for each in culprits
     )
-
-
-def _last_good(checkpoints: Path) -> Path | str:
-    """The newest checkpoint that verifies, of those saved in calm if there are any; or why there is none."""
-    newest, problem = None, "there is no checkpoint"
-    for path in reversed(store.list_checkpoints(checkpoints)):
-        try:
-            calm = store.read_manifest(path)["stability"]["calm"]
-        except UserError as error:
-            problem = str(error)
-            continue
-        if calm:
-            return path
-        newest = newest or path
-    return newest or problem
 
 
 def _due(step: int, every: int) -> bool:

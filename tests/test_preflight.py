@@ -55,6 +55,17 @@ def test_a_world_size_that_does_not_divide_the_batch(config: Path) -> None:
     assert "training.batch_size" in failing(load_config(config), world_size=3)["configuration"]
 
 
+def test_what_needs_a_gpu_or_a_compiler_is_refused_without(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    asked = load_config(config, ["training.attention_backend=triton"])
+    assert "training.attention_backend" in failing(asked)["device"]
+    assert "no-such-compiler" in failing(load_config(config, ["training.compile=true"]))["device"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not failing(asked)
+
+
 def test_an_old_package_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(preflight.NEEDED, "torch", "99.0")
     assert failing(load_config(config)) == {"versions": f"torch is {torch.__version__}; it must be 99.0 or newer"}

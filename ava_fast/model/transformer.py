@@ -50,6 +50,8 @@ class Transformer(nn.Module):
         self.norm = _norm(config)
         self.head = Head(model.hidden_size, model.vocab_size)
         self._rope: tuple[Tensor, Tensor] | None = None
+        # Only what trains and evaluates: a generation's growing past would be compiled again and again.
+        self._run = torch.compile(_without_cache) if config.training.compile else _without_cache
         self._initialise()
         if model.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -65,11 +67,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if recompute:
                 # What the recomputation returns goes nowhere: requests are counted once.
-                x_BSM, block_routed = checkpoint(
-                    _without_cache, block, x_BSM, cos, sin, cu_seqlens, use_reentrant=False
-                )
+                x_BSM, block_routed = checkpoint(self._run, block, x_BSM, cos, sin, cu_seqlens, use_reentrant=False)
             else:
-                x_BSM, block_routed = _without_cache(block, x_BSM, cos, sin, cu_seqlens)
+                x_BSM, block_routed = self._run(block, x_BSM, cos, sin, cu_seqlens)
             if block_routed is not None:
                 routed.append(block_routed)
         with part("loss"):
