@@ -11,6 +11,7 @@ processor there is AVX2 if the machine has it, and no AVX-512.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -72,6 +73,7 @@ def read_batches(shards: str, library: str) -> None:
     loader = TokenLoader(shards, max_length=512, batch_size=16, seed=0)
     for _ in range(3):
         loader.next_batch()
+    gc.disable()  # a collection walks over everything that is imported, whatever that has to do with the loader
     switch.start()
     for _ in range(BATCHES):
         loader.next_batch()
