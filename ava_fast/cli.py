@@ -9,6 +9,7 @@
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
     ava-fast memory plan --config configs/demo.yaml --world-size 8
+    ava-fast profile --config configs/demo.yaml --steps 5
     ava-fast find-lr --config configs/demo.yaml --write
     ava-fast sweep --config configs/demo.yaml --set training.learning_rate=1e-3,3e-3
     ava-fast checkpoint list outputs/runs/run_…
@@ -61,6 +62,21 @@ def _memory_plan(options: argparse.Namespace) -> int:
     if faults:
         raise ConfigError(options.config, faults)
     print("\n".join(plan(config, options.world_size)))
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from ava_fast.engine import close_distributed, init_distributed
+    from ava_fast.profiling import profile
+
+    if options.steps < 1:
+        raise UserError(f"--steps: is {options.steps}; give at least 1")
+    config = load_config(options.config, options.override)
+    init_distributed(config)
+    try:
+        profile(config, options.steps)
+    finally:
+        close_distributed()
     return 0
 
 
@@ -170,6 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     find_lr.add_command(commands, lambda source: _load(source)[0])
     sweep.add_command(commands)
     add_checkpoint_commands(commands)
+
+    command = commands.add_parser("profile", help="where the time and memory of a training step go")
+    command.add_argument("--config", required=True)
+    command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    command.add_argument("--steps", type=int, default=5, help="that are profiled (default: 5)")
+    command.set_defaults(command=_profile)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

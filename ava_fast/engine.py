@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_shard
 from ava_fast.config import Config
 from ava_fast.errors import UserError
+from ava_fast.parts import part
 
 
 def init_distributed(config: Config) -> None:
@@ -153,7 +154,8 @@ class Engine:
         """
         self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
             if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
                 decide(self._norm)
         finally:

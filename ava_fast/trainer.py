@@ -33,6 +33,7 @@ from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.parts import part
 from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
 from ava_fast.schedule.noise_scale import NoiseScale
@@ -185,7 +186,8 @@ class Trainer:
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batches.append(self._read())
+            with part("data"):
+                batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
             seen.append(self._compute(batches[-1]))
@@ -587,7 +589,8 @@ class Trainer:
         health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
         health += [trouble in own for trouble in FAILURES]
         shared = torch.cat((figures, figures.new_tensor(health)))
-        dist.all_reduce(shared)
+        with part("communication"):
+            dist.all_reduce(shared)
         sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
