@@ -1,6 +1,7 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
 # make test    installs and runs everything that CI runs: lint, types, tests
 # make bench   times a training step, experts, attention, routing, gradient statistics, loader and start-up beside their peers
+# make chaos   kills runs, damages checkpoints and lets disks fail, at length: docs/reliability.md has the last result
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 BUDGET ?= 8
 
-.PHONY: demo test bench bench-gpu format clean
+.PHONY: demo test bench chaos bench-gpu format clean
 
 demo: $(VENV)/.installed
 	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.is_available() else 2)') && \
@@ -34,6 +35,9 @@ bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.attention
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m bench.chaos
 
 # Air-gapped: with the Python that is there, and this code where it lies.
 bench-gpu:
