@@ -9,6 +9,7 @@ tests run the same functions with smaller numbers.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,19 @@ class Runs:
         return len([store.read_manifest(path) for path in store.list_checkpoints(self.checkpoints)])
 
 
-def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0) -> dict[str, Any]:
+def undisturbed(root: Path, steps: int, ranks: int = 2) -> Runs:
+    """A run of which nothing is killed or broken, to compare with."""
+    runs = Runs(root / "undisturbed", ranks, training__max_steps=steps)
+    assert runs.finish() == 0, runs.said()
+    return runs
+
+
+def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0, plain: Runs | None = None) -> dict[str, Any]:
     """SIGKILL at random moments, of every process or of one rank: while starting, in a step, and, every other time,
     while a checkpoint is written. The end is to the bit that of a run that nothing disturbed."""
-    draw = random.Random(seed)
-    plain = Runs(root / "plain", training__max_steps=steps)
-    started_at = time.perf_counter()
-    assert plain.finish() == 0, plain.said()
-    undisturbed = time.perf_counter() - started_at
+    draw, started_at = random.Random(seed), time.perf_counter()
+    plain = plain or undisturbed(root, steps)
+    seconds = time.perf_counter() - started_at
     stepping = sum(record["seconds"] for record in plain.steps())
     reference = store.find_checkpoint(plain.checkpoints)
     what: Counter[str] = Counter()
@@ -172,7 +178,7 @@ def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0) -> dict[
         "listed_checkpoints_read_whole": listed,
         "seconds_from_launch_to_training_on": _spread(recovery),
         "steps_computed_again_per_kill": round(again / what.total(), 2),
-        "undisturbed_seconds": {"launch_to_end": round(undisturbed, 2), "in_steps": round(stepping, 2)},
+        "undisturbed_seconds": {"launch_to_end": round(seconds, 2), "in_steps": round(stepping, 2)},
         "goodput": round(ends * stepping / wall, 3),
     }
 
@@ -210,13 +216,12 @@ def _kill(draw: random.Random, process: subprocess.Popen[bytes], whom: str) -> N
     kill_tree(process)
 
 
-def corruptions(root: Path, count: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """One random damage at a time to the newest checkpoint of two, that a run of two ranks left: bits flipped, a
+def corruptions(root: Path, count: int = 1000, seed: int = 0, plain: Runs | None = None) -> dict[str, Any]:
+    """One random damage at a time to the newest checkpoint that a run of two ranks left: a bit flipped, a
     stretch overwritten, cut short, made longer, deleted, exchanged with another file. Each is found by what loads, the
     file is named, and the older checkpoint is taken."""
-    runs = Runs(root / "damaged", training__max_steps=4)
-    assert runs.finish() == 0, runs.said()
-    older, newest = store.list_checkpoints(runs.checkpoints)
+    runs = plain or undisturbed(root, steps=4)
+    older, newest = store.list_checkpoints(runs.checkpoints)[-2:]
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     draw, what = random.Random(seed), Counter[str]()
     for _ in tqdm(range(count), unit="damage", disable=None, leave=False):
@@ -278,7 +283,64 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "largest": round(max(values), 2)} if values else {}
 
 
-SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {"kills": kills, "corruptions": corruptions}
+# Which call fails, with what, from which on and how often, how slow each is; and whether the run survives.
+FAULTS = {
+    "full": ({"CALL": "write", "ERROR": errno.ENOSPC, "AFTER": 100}, False),
+    "full for a moment": ({"CALL": "write", "ERROR": errno.ENOSPC, "AFTER": 100, "TIMES": 1}, False),
+    "an I/O error, once": ({"CALL": "write", "ERROR": errno.EIO, "AFTER": 100, "TIMES": 1}, True),
+    "an I/O error when it is synced, once": ({"CALL": "fsync", "ERROR": errno.EIO, "AFTER": 14, "TIMES": 1}, True),
+    "I/O errors for ever": ({"CALL": "fsync", "ERROR": errno.EIO, "AFTER": 14}, False),
+    "read only": ({"CALL": "open", "ERROR": errno.EROFS, "AFTER": 12}, False),
+    "permission denied": ({"CALL": "open", "ERROR": errno.EACCES, "AFTER": 12}, False),
+    "no renaming": ({"CALL": "rename", "ERROR": errno.EACCES, "AFTER": 2}, False),
+    "slow": ({"CALL": "write", "SLOW": 20_000}, True),
+    "slow, and what comes too soon is left out": ({"CALL": "write", "SLOW": 20_000}, True),
+}
+
+
+def disks(root: Path, faults: Iterable[str] = tuple(FAULTS), ranks: int = 2) -> dict[str, Any]:
+    """Disks that fail under `checkpoints/`: the run goes on, or stops with one line that says why and what is safe;
+    every checkpoint that is listed can be read, and with a sound disk the run goes on from there."""
+    shim = build_shim(root)
+    results: dict[str, Any] = {}
+    for name in tqdm(list(faults), unit="fault", disable=None, leave=False):
+        fault, survives = FAULTS[name]
+        policy = "skip" if "left out" in name else "wait"
+        runs = Runs(root / name.replace(" ", "_"), ranks, training__max_steps=12, checkpoint__when_busy=policy)
+        env = {f"FAULT_{key}": str(value) for key, value in fault.items()}
+        code = runs.finish(env={**env, "FAULT_PATH": "/checkpoints/", "LD_PRELOAD": str(shim)})
+        said = runs.said()
+        assert (code == 0) == survives, (name, code, said)
+        assert not re.search(r'File ".*/ava_fast/', said), (name, said)  # no traceback but torchrun's own
+        line = next((line for line in said.splitlines() if "could not be written" in line), "")
+        assert survives or (os.strerror(fault["ERROR"]) in line and "checkpoint" in line), (name, said)
+        listed, stopped_at = runs.whole(), runs.last_step()
+        assert not list(runs.checkpoints.glob("step_*.tmp")), name
+        if not survives:
+            assert runs.finish(resume=True) == 0, (name, runs.said())
+        records = [r for r in read_metrics(runs.checkpoints.parent / "metrics.jsonl") if r["kind"] == "checkpoint"]
+        written = statistics.median(r["write_seconds"] for r in records)
+        results[name] = {
+            "survives": survives,
+            "steps_before_it_stopped": stopped_at,
+            "listed_checkpoints_read_whole": listed,
+            "says": re.sub(r"^.*?: the checkpoint", "the checkpoint", line).replace(str(runs.checkpoints), "…"),
+            "median_write_seconds": round(written, 3),
+            "median_stall_seconds": round(statistics.median(r["stall_seconds"] for r in records), 4),
+        }
+    return results
+
+
+def build_shim(folder: Path) -> Path:
+    """Raises FileNotFoundError where there is no C compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shim = folder / "faulty_disk.so"
+    source = ROOT / "bench" / "faulty_disk.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", str(source), "-o", str(shim), "-ldl"], check=True)
+    return shim
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {"kills": kills, "corruptions": corruptions, "disks": disks}
 
 
 def main() -> None:
