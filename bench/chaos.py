@@ -133,9 +133,12 @@ def undisturbed(root: Path, steps: int, ranks: int = 2) -> Runs:
     return runs
 
 
+MOMENTS = ("start", "save", "step", "save")
+
+
 def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0, plain: Runs | None = None) -> dict[str, Any]:
-    """SIGKILL at random moments, of every process or of one rank: while starting, in a step, and, every other time,
-    while a checkpoint is written. The end is to the bit that of a run that nothing disturbed."""
+    """SIGKILL at random moments, of every process or of one rank in turn: while starting, in a step, and, every other
+    time, while a checkpoint is written. The end is to the bit that of a run that nothing disturbed."""
     draw, started_at = random.Random(seed), time.perf_counter()
     plain = plain or undisturbed(root, steps)
     seconds = time.perf_counter() - started_at
@@ -151,7 +154,8 @@ def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0, plain: R
             process = runs.start(resume=True)
             try:
                 if what.total() < count:
-                    moment, whom = _moment(draw, runs, process, reached), draw.choice(("all ranks", "one rank"))
+                    kind, whom = MOMENTS[(what.total() + 1) % 4], ("all ranks", "one rank")[what.total() // 2 % 2]
+                    moment = _moment(draw, kind, runs, process, reached)
                     if process.poll() is None:
                         what[f"{moment}, {whom}"] += 1
                         bar.update()
@@ -183,9 +187,8 @@ def kills(root: Path, count: int = 50, steps: int = 120, seed: int = 0, plain: R
     }
 
 
-def _moment(draw: random.Random, runs: Runs, process: subprocess.Popen[bytes], reached: int) -> str:
+def _moment(draw: random.Random, kind: str, runs: Runs, process: subprocess.Popen[bytes], reached: int) -> str:
     """Waits for the moment to kill at."""
-    kind = draw.choice(("start", "step", "save", "save"))
     if kind == "start":
         _wait(process, lambda: False, draw.uniform(0.2, 6.0))
         return "while starting or soon after"
