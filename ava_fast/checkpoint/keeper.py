@@ -54,21 +54,21 @@ class Keeper:
         self.retries = 0
         """How often rank 0 has tried a save again; the trainer counts and clears it."""
         self.news: list[dict[str, Any]] = []
-        """Records of saves that are done, for the trainer to write and clear."""
+        """On rank 0, records of saves that are done, for the trainer to write and clear."""
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}
 
-    def save(self, step: int, state: dict[str, Any], *, wait: bool = False) -> bool:
+    def save(self, step: int, state: dict[str, Any], *, wait: bool = False, since: float | None = None) -> bool:
         """Begins to write `step_N`, or with `wait` (or without `checkpoint.asynchronous`) writes it. Collective.
 
         `state` joins the manifest; in it, `stability.calm` says whether to roll back to this checkpoint rather than to
-        another. What the network may have done is tried again. → False if it was left out, as the last one is still
-        being written.
+        another. `since`: when training began to wait for it. What the network may have done is tried again. → False if
+        it was left out, as the last one is still being written.
 
         Raises TrainingError if this or the last one could not be written, on all ranks; nothing half-written stays.
         """
-        started_at, checkpoint = time.perf_counter(), self.config.checkpoint
+        started_at, checkpoint = since or time.perf_counter(), self.config.checkpoint
         if not wait and checkpoint.when_busy == "skip" and failed_anywhere("busy" if self._busy() else None):
             logger.warning(f"step {step}: not saved, as the last checkpoint is still being written")
             return False
@@ -131,7 +131,8 @@ class Keeper:
             self.failure = f"{final}: the checkpoint could not be written ({failure})"
             return
         save.record["write_seconds"] = time.perf_counter() - started_at
-        self.news.append(save.record)
+        if self.engine.rank == 0:
+            self.news.append(save.record)
         logger.info(f"step {save.step} | saved {final} | {duration(save.record['write_seconds'])}")
 
     def _try(self, save: _Save, tensors: dict[str, Tensor]) -> str | None:
