@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.generators import generator_states, packed, restore_generators, unpacked
+from ava_fast.checkpoint.remote import Uploader
 from ava_fast.checkpoint.shards import write_shard
 from ava_fast.checkpoint.snapshot import Snapshot
 from ava_fast.compatibility import model_differences
@@ -55,6 +56,11 @@ class Keeper:
         """How often rank 0 has tried a save again; the trainer counts and clears it."""
         self.news: list[dict[str, Any]] = []
         """On rank 0, records of saves that are done, for the trainer to write and clear."""
+        self._uploader, self._rotating = None, threading.Lock()
+        if engine.rank == 0 and config.checkpoint.remote is not None:
+            self._uploader = Uploader(
+                f"{config.checkpoint.remote.rstrip('/')}/{folder.parent.name}", folder, self._rotate
+            )
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -108,6 +114,11 @@ class Keeper:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise TrainingError(f"{failure}; {self.safe()}")
+
+    def uploaded(self) -> None:
+        """Waits, on rank 0, for what is being uploaded."""
+        if self._uploader is not None:
+            self._uploader.finish()
 
     def _write(self, save: _Save, take: Callable[[], dict[str, Tensor]]) -> None:
         """All of a save after its tensors are known; `take` gives them on the host. What fails is left in `failure`."""
@@ -167,11 +178,15 @@ class Keeper:
         return files
 
     def _commit(self, folder: Path, save: _Save, files: store.Files) -> None:
-        checkpoint = self.config.checkpoint
-        store.commit(folder, json.loads(save.contents), files)
-        store.rotate(
-            self.folder, newest=checkpoint.save_total_limit, every=checkpoint.keep_every, best=checkpoint.keep_best
-        )
+        final = store.commit(folder, json.loads(save.contents), files)
+        self._rotate()
+        if self._uploader is not None:
+            self._uploader.offer(final)
+
+    def _rotate(self) -> None:
+        limits = self.config.checkpoint
+        with self._rotating:
+            store.rotate(self.folder, newest=limits.save_total_limit, every=limits.keep_every, best=limits.keep_best)
 
     def load(self, checkpoints: Sequence[Path], *, optimizer: bool = True) -> tuple[Path, dict[str, Any]]:
         """Puts weights, optimizer and random generators back as the first of `checkpoints` that verifies has them →
