@@ -143,7 +143,8 @@ def test_an_upload_that_stays_cut_off_leaves_the_older_one_the_latest(
     assert "step_4 is on this disk alone, it could not be uploaded" in caplog.text
     cable.left = float("inf")
     assert bucket().cat_file("bucket/runs/r/latest") == older.encode()
-    cut_off = {name.split("/")[3] for name in objects() if "step_4" in name}
+    assert any("step_4" in name for name in objects())
+    assert remote._order(bucket(), "bucket/runs/r") == [older]
     assert remote.download("s3://bucket/runs/r", tmp_path)[0].name == "step_2"
     # The next one works, and clears what was cut off and what is not on the disk any more.
     copy = Path(shutil.copytree(run / "checkpoints", tmp_path / "copy"))
@@ -152,7 +153,7 @@ def test_an_upload_that_stays_cut_off_leaves_the_older_one_the_latest(
     uploader.offer(copy / "step_6")
     uploader.finish()
     left = {name.split("/")[3].partition(".")[0] for name in objects()}
-    assert left == {"latest", "step_6"}, cut_off
+    assert left == {"latest", "step_6"}
     assert third.name == remote.download("s3://bucket/runs/r", tmp_path)[0].name
 
 
@@ -191,3 +192,24 @@ def test_what_no_package_can_open(tmp_path: Path) -> None:
         remote.check("nonsense://x")
     remote.check(f"file://{tmp_path}/folder")
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_what_arrives_altered_is_sent_again_and_never_the_latest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    put, left = memory.put_file, [1]
+
+    def alter(source: str, target: str) -> None:
+        put(source, target)
+        if left[0] and target.endswith(".safetensors"):
+            left[0] -= 1
+            content = memory.cat_file(target)
+            memory.pipe_file(target, content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(type(memory), "put_file", lambda _, source, target: alter(source, target))
+    name = remote.upload(run / "checkpoints" / "step_2", "memory://altered")
+    assert left == [0]
+    left[0] = 99
+    with pytest.raises(OSError, match=r"rank_0\.safetensors: is not what was written: its SHA-256 differs"):
+        remote.upload(run / "checkpoints" / "step_4", "memory://altered")
+    assert memory.cat_file("/altered/latest") == name.encode()
