@@ -317,6 +317,8 @@ class CheckpointConfig(Section):
     """Of those saved at a step that was evaluated, so many with the lowest held-out loss are kept as well."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in the host's memory: 12 bytes per parameter, shared by the ranks."""
+    remote: str | None = None
+    """A URL, as s3://bucket/folder, that finished checkpoints are copied to while training goes on."""
     when_busy: Literal["wait", "skip"] = "wait"
     """When a checkpoint is due while the last one is still being written: wait for that, or leave this one out."""
 

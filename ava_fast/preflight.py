@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ava_fast.checkpoint import remote
 from ava_fast.compatibility import world_size_conflicts
 from ava_fast.config import Config
 from ava_fast.data.corpus import scan
@@ -121,6 +122,11 @@ def _memory(config: Config, world_size: int) -> str:
 
 def _output(config: Config) -> str:
     folder = runs_folder(config)
+    if config.checkpoint.remote is not None:
+        try:
+            remote.check(config.checkpoint.remote)
+        except UserError as error:
+            raise UserError(f"checkpoint.remote: {error}; choose another, or null") from None
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -527,6 +527,7 @@ class Trainer:
     def save(self, *, wait: bool = False, emergency: bool = False) -> None:
         """Begins to write `checkpoints/step_N`; with `wait` or `emergency` it is on the disk afterwards. `emergency`:
         not one to roll back to while there is another. Raises TrainingError if it or the last one cannot be written."""
+        started_at = time.perf_counter()
         state = {
             "data": self.loader.state_dict(),
             "stability": {
@@ -543,7 +544,7 @@ class Trainer:
             "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
-        self.keeper.save(self.step, state, wait=wait or emergency)
+        self.keeper.save(self.step, state, wait=wait or emergency, since=started_at)
 
     def _probe(self) -> dict[str, Any]:
         """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
@@ -611,10 +612,8 @@ class Trainer:
 
     def _note_saves(self) -> None:
         """Those that have been finished since the last call."""
-        while self.keeper.news:
-            record = self.keeper.news.pop(0)
-            if self._metrics:
-                self._metrics.write(record)
+        while self._metrics and self.keeper.news:
+            self._metrics.write(self.keeper.news.pop(0))
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
