@@ -29,8 +29,9 @@ from ava_fast.config import Config, ConfigError, dump_config, load_config
 from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import is_prepared
+from ava_fast.distributed import elastic
 from ava_fast.engine import close_distributed, init_distributed
-from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
+from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
 from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
 from ava_fast.preflight import run_checks, table
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             _run(config, options, started_at)
         finally:
             close_distributed()
-    except (UserError, TrainingError, Interrupted) as error:
+    except (UserError, TrainingError, Interrupted, Ended) as error:
         return _leave(error)
     except OSError as error:  # a log or the metrics, on a disk that filled up
         logger.debug("stopped by", exc_info=True)
@@ -71,17 +72,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: Config, options: argparse.Namespace, started_at: float) -> None:
-    _on_rank_0(lambda: _preflight(config))
-    checkpoint = _on_rank_0(lambda: _checkpoint(config, options))
-    run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
+    agents = elastic.agents()
+    past = _on_rank_0(lambda: elastic.look_back(config, agents))
+    if past and past.ended:
+        raise Ended(f"{past.run_folder} has ended for good: {past.ended[1]}", past.ended[0])
+    if past:
+        run_folder, checkpoint = past.run_folder, past.checkpoint
+    else:
+        _on_rank_0(lambda: _preflight(config))
+        checkpoint = _on_rank_0(lambda: _checkpoint(config, options))
+        run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
+    try:
+        if _rank() == 0:
+            elastic.begin(run_folder, agents, past, checkpoint)
+        _train(config, run_folder, checkpoint, past, options.reset_optimizer and past is None, started_at)
+    except (UserError, TrainingError) as error:
+        if _rank() == 0 and not isinstance(error, LostRank):
+            elastic.end(run_folder, error.exit_code, str(error))
+        raise
+
+
+def _train(
+    config: Config,
+    run_folder: Path,
+    checkpoint: Path | None,
+    past: elastic.Past | None,
+    reset_optimizer: bool,
+    started_at: float,
+) -> None:
     start_logging(run_folder if _rank() == 0 else None)
     logger.info(f"run {run_folder}")
+    if past:
+        _tell_restart(past)
     shards = _on_rank_0(lambda: _prepare(config))
     weights = _initial_weights(config) if checkpoint is None else None
     trainer = Trainer(config, run_folder, shards, weights)
     if checkpoint is not None:
-        trainer.load(checkpoint, optimizer=not options.reset_optimizer)
+        trainer.load(checkpoint, optimizer=not reset_optimizer)
         logger.info(f"resuming after step {trainer.step} from {checkpoint}")
+    if past:
+        if checkpoint is None:
+            trainer.loader.avoid = store.avoided(trainer.checkpoints)
+        trainer.restarted = past.record(trainer.step)
     if _rank() == 0:
         (run_folder / "config.yaml").write_text(dump_config(config))
     tokens = trainer.loader.sequences_per_epoch * config.data.max_length
@@ -93,6 +125,11 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     try:
         trainer.run()
     except (TrainingError, Interrupted) as error:
+        if isinstance(error, LostRank) and elastic.attempts_left():
+            logger.error(f"torchrun starts the workers anew, {elastic.attempts_left()} time(s) at most")
+            raise  # the report can wait until the run ends, the run need not
+        if isinstance(error, Interrupted):  # by torchrun itself where a node joins
+            elastic.lost(run_folder, str(error))
         try:
             finish(trainer, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
         except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
@@ -103,6 +140,18 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
                 dist.barrier()
         raise
     finish(trainer, "finished", started_at)
+    if _rank() == 0:
+        elastic.end(run_folder, 0, "it has finished")
+
+
+def _tell_restart(past: elastic.Past) -> None:
+    logger.warning(f"started anew after step {past.step}: {past.reason}")
+    for refused in past.refused:
+        logger.warning(f"not gone on from: {refused}")
+    if past.checkpoint is None:
+        logger.warning("there is no checkpoint yet: from the beginning")
+    if past.world_size != dist.get_world_size():
+        logger.warning(f"the run goes on with {dist.get_world_size()} rank(s) instead of {past.world_size}")
 
 
 def _on_rank_0(action: Callable[[], Result]) -> Result:
@@ -181,9 +230,11 @@ def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-def _leave(error: UserError | TrainingError | Interrupted) -> int:
+def _leave(error: UserError | TrainingError | Interrupted | Ended) -> int:
     if _rank() != 0:
-        if isinstance(error, LostRank):  # rank 0 may wait for this one in a collective, until it is gone
+        if (
+            isinstance(error, LostRank) or not error.exit_code
+        ):  # rank 0 may wait for this one in a collective, until it is gone
             return error.exit_code
         # torchrun ends the other ranks as soon as one has left: rank 0 speaks first.
         time.sleep(3)

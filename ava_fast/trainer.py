@@ -22,6 +22,7 @@ from ava_fast.checkpoint.keeper import Keeper
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.distributed import elastic
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
@@ -102,6 +103,8 @@ class Trainer:
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
+        self.restarted: dict[str, Any] | None = None
+        """The record of the restart that this run goes on from; see distributed.elastic."""
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
@@ -505,6 +508,7 @@ class Trainer:
         assert note is not None
         if note.at_fault and stretch is not None and self.engine.rank == 0:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
+        elastic.lost(self.run_folder, f"rank {note.rank} failed: {note.reason}")
         advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
@@ -519,6 +523,8 @@ class Trainer:
             yield
             return
         self._watch()
+        if self.restarted and self._metrics:
+            self._metrics.write(self.restarted)
         try:
             yield
         finally:

@@ -1,6 +1,7 @@
 """A run in which one rank fails, for torchrun: `failing_run.py WHAT RANK STEP --config …`.
 
-WHAT: forward or backward raises in the second block, or the rank is killed there.
+WHAT: forward or backward raises in the second block, or the rank is killed there. Once: not when torchrun has started
+it anew.
 """
 
 import os
@@ -16,7 +17,8 @@ def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
     """Makes `rank` fail in the midst of the first micro-batch after `step` steps."""
 
     def fail(*_: Any) -> None:
-        if trainer.engine.rank == rank and trainer.step == step:
+        anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if trainer.engine.rank == rank and trainer.step == step and not anew:
             if what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("no such luck")
