@@ -30,6 +30,7 @@ from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import is_prepared
 from ava_fast.distributed import elastic
+from ava_fast.distributed.health import Watch
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
@@ -104,7 +105,52 @@ def _train(
     logger.info(f"run {run_folder}")
     if past:
         _tell_restart(past)
-    shards = _on_rank_0(lambda: _prepare(config))
+    ended: TrainingError | Interrupted | None = None
+    with Watch(config.distributed, run_folder) as watch:
+        watch.enter("prepare")
+        shards = _on_rank_0(lambda: _prepare(config))
+        watch.enter("start")
+        trainer = _trainer(config, run_folder, shards, checkpoint, past, reset_optimizer)
+        tokens = trainer.loader.sequences_per_epoch * config.data.max_length
+        logger.info(
+            f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) "
+            f"on {trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
+            f"ready after {time.time() - started_at:.1f} s"
+        )
+        try:
+            trainer.run(watch)
+        except (TrainingError, Interrupted) as error:
+            ended = error
+    if ended is None:
+        finish(trainer, "finished", started_at)
+        if _rank() == 0:
+            elastic.end(run_folder, 0, "it has finished")
+        return
+    if isinstance(ended, LostRank) and (attempts := elastic.attempts_left()):
+        logger.error(f"torchrun starts the workers anew, {attempts} time(s) at most")
+        raise ended  # the report can wait until the run ends, the run need not
+    if isinstance(ended, Interrupted):  # by torchrun itself where a node joins
+        elastic.lost(run_folder, str(ended))
+    try:
+        finish(trainer, "interrupted" if isinstance(ended, Interrupted) else "stopped", started_at)
+    except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
+        logger.warning(f"the report could not be written: {unwritten}")
+    if not isinstance(ended, LostRank):
+        # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    raise ended
+
+
+def _trainer(
+    config: Config,
+    run_folder: Path,
+    shards: list[Source],
+    checkpoint: Path | None,
+    past: elastic.Past | None,
+    reset_optimizer: bool,
+) -> Trainer:
+    """At the place in the run from which it goes on."""
     weights = _initial_weights(config) if checkpoint is None else None
     trainer = Trainer(config, run_folder, shards, weights)
     if checkpoint is not None:
@@ -116,32 +162,7 @@ def _train(
         trainer.restarted = past.record(trainer.step)
     if _rank() == 0:
         (run_folder / "config.yaml").write_text(dump_config(config))
-    tokens = trainer.loader.sequences_per_epoch * config.data.max_length
-    logger.info(
-        f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) on "
-        f"{trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
-        f"ready after {time.time() - started_at:.1f} s"
-    )
-    try:
-        trainer.run()
-    except (TrainingError, Interrupted) as error:
-        if isinstance(error, LostRank) and elastic.attempts_left():
-            logger.error(f"torchrun starts the workers anew, {elastic.attempts_left()} time(s) at most")
-            raise  # the report can wait until the run ends, the run need not
-        if isinstance(error, Interrupted):  # by torchrun itself where a node joins
-            elastic.lost(run_folder, str(error))
-        try:
-            finish(trainer, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
-        except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
-            logger.warning(f"the report could not be written: {unwritten}")
-        if not isinstance(error, LostRank):
-            # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()
-        raise
-    finish(trainer, "finished", started_at)
-    if _rank() == 0:
-        elastic.end(run_folder, 0, "it has finished")
+    return trainer
 
 
 def _tell_restart(past: elastic.Past) -> None:

@@ -111,15 +111,19 @@ class Trainer:
         self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
 
-    def run(self) -> None:
-        """Trains from the current step to `max_steps`, evaluates and saves at the end.
+    def run(self, watch: Watch | None = None) -> None:
+        """Trains from the current step to `max_steps`, evaluates and saves at the end. `watch`: one that is open.
 
         Raises Interrupted after SIGTERM or SIGINT, with the finished steps saved, and TrainingError where training
         cannot go on: LostRank on every rank if one of them failed while others waited for it.
         """
-        with Watch() as watch, self._watched(), self._signals_noted():
+        if watch is None:
+            with Watch(self.config.distributed, self.run_folder) as watch:
+                self.run(watch)
+            return
+        with self._watched(), self._signals_noted():
             try:
-                self._run()
+                self._run(watch)
             except (TrainingError, Interrupted):
                 raise
             except Exception as error:
@@ -127,8 +131,9 @@ class Trainer:
                 logger.debug("this rank fails", exc_info=True)
                 raise self._lost(error, watch) from error
 
-    def _run(self) -> None:
+    def _run(self, watch: Watch) -> None:
         config = self.config
+        watch.enter("start")
         while self.step < config.training.max_steps:
             ruling, interrupted = self._step()
             if ruling.verdict is Verdict.STOP:
@@ -136,14 +141,19 @@ class Trainer:
             if ruling.verdict is Verdict.ROLL_BACK:
                 self._roll_back()
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
+                watch.enter("evaluate")
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
+                watch.enter("save")
                 self.save()
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
+            watch.enter("step")
+        watch.enter("evaluate")
         if self.evaluated_at != self.step:
             self._evaluate()
+        watch.enter("save")
         if self.keeper.saved_at != self.step:
             self.save()
 
@@ -513,7 +523,7 @@ class Trainer:
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
-            resumable=network,
+            resumable=network or note.hung,
         )
 
     @contextmanager

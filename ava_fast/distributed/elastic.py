@@ -75,9 +75,13 @@ def attempts_left() -> int:
     return int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def agent() -> str | None:
     """The torchrun process that started this one, as no other on any machine is called; None without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started_by_torchrun():
         return None
     try:
         parent = psutil.Process(os.getppid())
@@ -134,7 +138,7 @@ def end(run_folder: Path, code: int, line: str) -> None:
 
 def lost(run_folder: Path, reason: str) -> None:
     """Notes why this start ends, unless another rank has. A disk that refuses is no reason to end otherwise."""
-    if agent() is None:
+    if not started_by_torchrun():
         return
     try:
         with (run_folder / LOST).open("x") as file:

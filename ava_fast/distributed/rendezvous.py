@@ -1,9 +1,9 @@
 """Where the ranks of one start meet: a part of torchrun's store that no earlier start has written to.
 
-torchrun's agent holds one store for all starts of its workers. What an earlier start left there, its addresses first of
-all, torch (2.13) reads after a restart as if it were of this one, and waits for ever for processes that are gone. Nothing
-that torchrun tells its workers names a start: each agent counts its own restarts, and a node that joins counts for none.
-So rank 0 makes a name up, and each of the others asks for it with a word of its own that only a living rank 0 answers.
+torchrun's agent holds one store for all starts of its workers. What an earlier start left there, addresses above all,
+torch (2.13) reads after a restart as if it were of this one, and waits for ever for processes that are gone. Nothing
+that torchrun tells its workers names a start: each agent counts its own restarts, a node that joins counts for none. So
+rank 0 makes a name up, and each of the others asks for it with a word of its own that only a living rank 0 answers.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 _POLL = 0.01  # seconds
 
 
 def is_shared() -> bool:
     """Whether the store that torchrun's environment names outlives its workers."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return "WORLD_SIZE" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def connect(timeout: timedelta) -> dist.Store:
+def connect(timeout: timedelta) -> Store:
     """A connection to that store as a whole. Raises dist.DistError if it does not answer."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def meet(rank: int, world_size: int, timeout: timedelta) -> Store:
     """A store that the ranks of this start have for themselves. Collective.
 
     Raises dist.DistError if one of them does not come within `timeout`.
@@ -43,10 +44,10 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         store.set(f"ava_fast/asks/{rank}", word)
         name = store.get(f"ava_fast/answer/{word}").decode()
         store.set(f"ava_fast/here/{name}/{rank}", "")
-    return dist.PrefixStore(f"ava_fast/start/{name}", store)
+    return PrefixStore(f"ava_fast/start/{name}", store)
 
 
-def _welcome(store: dist.Store, name: str, missing: set[int], deadline: float) -> None:
+def _welcome(store: Store, name: str, missing: set[int], deadline: float) -> None:
     """Answers each rank; the word of one that is gone is answered too, in vain, until its successor overwrites it."""
     answered = set()
     while missing:

@@ -1,12 +1,13 @@
 """A run in which one rank fails, for torchrun: `failing_run.py WHAT RANK STEP --config …`.
 
-WHAT: forward or backward raises in the second block, or the rank is killed there. Once: not when torchrun has started
-it anew.
+WHAT: forward or backward raises in the second block, or the rank is killed, stopped or hangs there. Once: not when
+torchrun has started it anew.
 """
 
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from ava_fast import train
@@ -21,6 +22,10 @@ def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
         if trainer.engine.rank == rank and trainer.step == step and not anew:
             if what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if what == "hung":
+                time.sleep(600)
             raise ValueError("no such luck")
 
     model = trainer.engine.model
@@ -34,9 +39,9 @@ if __name__ == "__main__":
     what, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     run = Trainer.run
 
-    def sabotaged(trainer: Trainer) -> None:
+    def sabotaged(trainer: Trainer, watch: Any) -> None:
         sabotage(trainer, what, rank, step)
-        run(trainer)
+        run(trainer, watch)
 
     Trainer.run = sabotaged  # type: ignore[method-assign]
     code = train.main(sys.argv[4:])
