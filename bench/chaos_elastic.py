@@ -1,4 +1,4 @@
-"""Workers that are lost, hang, leave and join while a run trains: what it costs, and that no data is lost or seen twice.
+"""Workers that are lost, hang, leave and join while a run trains: what that costs, and that no data is lost or repeated.
 
     python -m bench.chaos_elastic            # on this machine, a few minutes
 
@@ -154,13 +154,14 @@ def scale(config: Path) -> dict[str, Any]:
         run.start_agent()
         lost = run.start_agent()
         run.until(lambda: run.steps() >= third and len({each["rank"] for each in run.workers()}) == 2, "two take steps")
-        run.pause(1.0)  # a step must not end the run before the third node is there
         lost.kill()  # its worker finds itself alone, and ends
         before = run.steps()
         one = run.until(lambda: _world(run) == 1 and run.steps() > before, "one node goes on")
+        run.pause(PATIENCE)  # so that the run does not end before the third node is there
         run.start_agent()
-        run.until(lambda: _world(run) == 2, "a new node is taken in")
+        run.until(lambda: "signal SIGTERM" in run.last_words(), "torchrun asks the worker to make room for two")
         run.pause(0.1)
+        run.until(lambda: _world(run) == 2, "a new node is taken in")
         run.until(run.finished, "the run ends")
         codes = [run.agents[0].returncode, run.agents[2].returncode]
         assert codes == [0, 0], run.last_words()

@@ -40,7 +40,9 @@ class Notes:
             agreed: list[Any] = [time.time()]
             dist.broadcast_object_list(agreed, src=0)
             self._started_at = agreed[0]
-        time.sleep(float(self._pause.read_text()))
+        began_at = time.monotonic()
+        while time.monotonic() - began_at < float(self._pause.read_text()):
+            time.sleep(0.05)
         batch = self._next_batch(loader)
         line = {
             "rank": dist.get_rank(),
