@@ -296,6 +296,8 @@ class DistributedConfig(Section):
     """Seconds that an evaluation may take."""
     timeout_save: Annotated[int, Field(ge=1, le=10**6)] = 3600
     """Seconds that a checkpoint may take."""
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """A rank whose own work in a step takes more than so many times the others' median is named."""
 
 
 class DeepspeedConfig(Section):

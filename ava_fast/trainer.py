@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from ava_fast.checkpoint.keeper import Keeper
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
-from ava_fast.distributed import elastic
+from ava_fast.distributed import elastic, pace
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
@@ -103,6 +103,13 @@ class Trainer:
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
+        self._pace = pace.Pace(
+            rank,
+            world_size,
+            config.distributed.straggler_ratio,
+            config.logging.log_steps,
+            cuda=self.engine.device.type == "cuda",
+        )
         self.restarted: dict[str, Any] | None = None
         """The record of the restart that this run goes on from; see distributed.elastic."""
         self._metrics: Metrics | None = None  # on rank 0, while it runs
@@ -121,6 +128,7 @@ class Trainer:
             with Watch(self.config.distributed, self.run_folder) as watch:
                 self.run(watch)
             return
+        self._pace.hosts = [peer.host for peer in watch.peers]
         with self._watched(), self._signals_noted():
             try:
                 self._run(watch)
@@ -166,7 +174,8 @@ class Trainer:
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batches.append(self._read())
+            with self._pace:
+                batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
             seen.append(self._compute(batches[-1]))
@@ -257,11 +266,12 @@ class Trainer:
         if self._lost_step:
             return figures
         try:
-            output = self._forward(batch)
-            if engine.collectives == "step":
-                self._backward(output)
-                if self.config.stability.gradient_surgery != "none":
-                    self._gradients.append(engine.take_gradient())
+            with self._pace if engine.collectives != "forward" else nullcontext():
+                output = self._forward(batch)
+                if engine.collectives == "step":
+                    self._backward(output)
+            if self.config.stability.gradient_surgery != "none":  # of ZeRO 0 only
+                self._gradients.append(engine.take_gradient())
         except Exception as error:
             if engine.collectives == "forward":
                 raise
@@ -453,14 +463,16 @@ class Trainer:
         signal_number, (L, E) = self._stop_signal, self._routed
         own = {trouble for trouble, _, _ in self._failures}
         health = [signal_number, self._retries + self.keeper.retries, *(trouble in own for trouble in FAILURES)]
-        shared = torch.cat((figures, figures.new_tensor(health)))
+        paces_W = self._pace.share()
+        shared = torch.cat((figures, figures.new_tensor([*health, *paces_W])))
         dist.all_reduce(shared)
-        sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
+        sums, requested, rest = shared.split((3 + 4 * L, L * E, len(health) + len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
-        means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
-        signals, retries, *failed = means[-len(health) :]
+        means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
+        self._pace.heard(means[-len(paces_W) :])
+        signals, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
         self._count_retries(int(retries))
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
         failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
@@ -555,7 +567,12 @@ class Trainer:
             return
         self._metrics.write(record)
         self._bar.advance(record["loss"])
-        if self.step % self.config.logging.log_steps == 0 or self._bar.steps_done == 1:
+        due = self.step % self.config.logging.log_steps == 0
+        if due and (paces := self._pace.report(self.step)):
+            self._metrics.write(paces)
+            if paces["outliers"]:
+                logger.warning(f"step {self.step}: {pace.line(paces)}")
+        if due or self._bar.steps_done == 1:
             logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
 
     @contextmanager

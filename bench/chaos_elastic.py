@@ -1,4 +1,4 @@
-"""Workers that are lost, hang, leave and join while a run trains: what that costs, and that no data is lost or repeated.
+"""Workers that are lost, hang, leave and join while a run trains: what it costs, and that no data is lost or repeated.
 
     python -m bench.chaos_elastic            # on this machine, a few minutes
 

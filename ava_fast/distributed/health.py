@@ -70,13 +70,13 @@ class Watch:
         self._done = threading.Event()
         self._note: Note | None = None
         self._phase, self._entered_at = "start", time.monotonic()
+        own = Peer(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        self.peers = [own] * self._world_size
         self._store: Any = None
         if self._world_size > 1:
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()  # a connection of its own: its threads may wait there
             self._beat(0)
-            own = Peer(socket.gethostname(), os.getpid(), psutil.Process().create_time())
-            self.peers = [own] * self._world_size
             dist.all_gather_object(self.peers, own)
         self._neighbour = (self._rank + 1) % self._world_size
         self._heard, self._heard_at = "", time.monotonic()  # of the neighbour

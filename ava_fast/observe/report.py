@@ -45,6 +45,11 @@ def _markdown(
         rows.append(("bad steps", ", ".join(f"{count} × {name}" for name, count in verdicts[-1]["counts"].items())))
     if retries := sum(record["retries"] for record in records if record["kind"] == "retry"):
         rows.append(("network errors, tried again", f"{retries:,}"))
+    restarts = [record for record in records if record["kind"] == "restart"]
+    if restarts:
+        redone = sum(record["lost_step"] - record["step"] for record in restarts)
+        rows.append(("restarts", f"{restarts[-1]['restarts']}, which cost {redone:,} steps done again"))
+    rows += [("slow rank", text) for text in _slow_ranks([r for r in records if r["kind"] == "pace"])]
     for name, value in rows:
         lines.append(f"| {name} | {value} |")
     if steps and "routing" in steps[-1]:
@@ -54,6 +59,13 @@ def _markdown(
         lines += [
             f"| {s['folder']} | {s['sequences']:,} | {s['epochs']:.2f} | {s['first_document']:,} |"
             for s in summary["sources"]
+        ]
+    if restarts:
+        lines += ["", "## Restarts", "", "| after step | on from | ranks | seconds without a step | why |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"| {r['lost_step']} | {r['step']} | {r['world_size']} | {r['seconds']:.0f} | {r['reason'].replace('|', ' ')} |"
+            for r in restarts
         ]
     if verdicts:
         lines += ["", "## Bad steps", "", "| after step | verdict | why | where |", "|---|---|---|---|"]
@@ -93,6 +105,18 @@ def _rows(
         if name in summary:
             rows.append((f"{name} baseline", f"{summary[name]:.4f} nats per token on the same tokens"))
     return rows
+
+
+def _slow_ranks(paces: list[dict[str, Any]]) -> list[str]:
+    """`rank 3 on node7: up to 1.8 × the others' median, in 4 of 20 stretches`"""
+    named: dict[tuple[int, str], list[float]] = {}
+    for record in paces:
+        for each in record["outliers"]:
+            named.setdefault((each["rank"], each["host"]), []).append(each["times"])
+    return [
+        f"rank {rank} on {host}: up to {max(times):.3g} × the others' median, in {len(times)} of {len(paces)} stretches"
+        for (rank, host), times in sorted(named.items())
+    ]
 
 
 def _where(culprits: list[dict[str, Any]]) -> str:
