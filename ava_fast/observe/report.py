@@ -63,10 +63,9 @@ def _markdown(
     if restarts:
         lines += ["", "## Restarts", "", "| after step | on from | ranks | seconds without a step | why |"]
         lines += ["|---|---|---|---|---|"]
-        lines += [
-            f"| {r['lost_step']} | {r['step']} | {r['world_size']} | {r['seconds']:.0f} | {r['reason'].replace('|', ' ')} |"
-            for r in restarts
-        ]
+        for r in restarts:
+            why = r["reason"].replace("|", " ")
+            lines.append(f"| {r['lost_step']} | {r['step']} | {r['world_size']} | {r['seconds']:.0f} | {why} |")
     if verdicts:
         lines += ["", "## Bad steps", "", "| after step | verdict | why | where |", "|---|---|---|---|"]
         lines += [f"| {v['step']} | {v['verdict']} | {v['reason']} | {_where(v['culprits'])} |" for v in verdicts[:50]]
