@@ -8,6 +8,9 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast find-lr --config configs/demo.yaml --write
+    ava-fast sweep --config configs/demo.yaml --set training.learning_rate=1e-3,3e-3
+    ava-fast checkpoint list outputs/runs/run_…
     ava-fast replay outputs/runs/run_…/bad_batches/step_9_at_80
 
 Exit code 2 and one line where the input cannot be used.
@@ -23,17 +26,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
+from ava_fast.checkpoint.commands import add_checkpoint_commands
 from ava_fast.config import Config, load_config
 from ava_fast.data.commands import add_data_commands
-from ava_fast.errors import UserError
+from ava_fast.errors import Interrupted, TrainingError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except UserError as error:
+    except (UserError, TrainingError, Interrupted) as error:
         print(str(error).encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
         return error.exit_code
 
@@ -118,7 +123,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
     """Weights, settings and tokenizer of a run, a checkpoint or an imported folder."""
-    from ava_fast.engine import read_weights
+    from ava_fast.checkpoint.shards import read_weights
     from ava_fast.model.huggingface import read_model
 
     if (source / "model.safetensors").is_file():
@@ -142,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_preflight)
 
     add_data_commands(commands)
+    find_lr.add_command(commands, lambda source: _load(source)[0])
+    sweep.add_command(commands)
+    add_checkpoint_commands(commands)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

@@ -42,6 +42,13 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    adaptive = training.adaptive_lr
+    if adaptive.max_lr is not None and adaptive.max_lr < training.learning_rate:
+        at_least = f"at least training.learning_rate ({training.learning_rate})"
+        refuse("training.adaptive_lr.max_lr", adaptive.max_lr, at_least)
+    if adaptive.min_lr is not None and adaptive.min_lr > training.learning_rate:
+        at_most = f"at most training.learning_rate ({training.learning_rate})"
+        refuse("training.adaptive_lr.min_lr", adaptive.min_lr, at_most)
     if training.compile and config.deepspeed.zero_stage == 3:
         refuse("training.compile", "true", "false, or deepspeed.zero_stage below 3, as 3 fetches weights on the way")
     if config.data.document_attention and training.attention_backend == "sdpa":
@@ -102,16 +109,26 @@ def _source_conflicts(config: Config, refuse: Callable[[str, object, str], None]
 
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
     """What a number of ranks does not go with."""
-    if config.training.batch_size % world_size:
-        return [
+    training, faults = config.training, []
+    if training.noise_scale_steps and world_size * training.gradient_accumulation_steps == 1:
+        faults.append(
+            Fault(
+                "training.noise_scale_steps",
+                "compares gradients of two sizes, and there is one",
+                given=str(training.noise_scale_steps),
+                allowed="0, or two ranks, or training.gradient_accumulation_steps of 2 or more",
+            )
+        )
+    if training.batch_size % world_size:
+        faults.append(
             Fault(
                 "training.batch_size",
                 f"cannot be shared out over {world_size} ranks",
                 given=str(config.training.batch_size),
                 allowed=f"a multiple of the world size ({world_size})",
             )
-        ]
-    return []
+        )
+    return faults
 
 
 def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import logging
 import math
 import os
@@ -30,19 +29,17 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from ava_kernels import GradStats, clip_, clip_coefficient, grad_stats
 from torch import Tensor, nn
 
+from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_shard
 from ava_fast.config import Config
 from ava_fast.distributed.rendezvous import is_shared, meet
 from ava_fast.errors import UserError
-
-_TAG = "deepspeed"  # the folder, inside a checkpoint, that DeepSpeed writes to
-_DESCRIPTION = "engine.json"  # what a checkpoint was written by; see Engine.save
 
 
 def init_distributed(config: Config) -> None:
@@ -87,6 +84,15 @@ class StepResult:
     """False: the gradient was not finite or not wanted, and weights, moments and step counts are as they were."""
 
 
+class State(NamedTuple):
+    """What a rank has to save, as `checkpoint.shards.write_shard` takes it."""
+
+    tensors: dict[str, Tensor]
+    starts: dict[str, int]
+    """Where each stretch of a parameter starts in it."""
+    description: dict[str, Any]
+
+
 class Engine:
     """A model under AdamW and ZeRO. Call the engine itself for a forward pass that `backward` follows."""
 
@@ -97,6 +103,8 @@ class Engine:
     """Where ranks first wait for each other in a step: from there on, none may fail alone."""
     model: nn.Module
     """The module inside, for everything that has no backward pass: train(), eval(), evaluation, generation."""
+    before_update: Callable[[], None] | None
+    """Called on the way to the next update of weights and moments, and then forgotten."""
 
     def __init__(self, model: nn.Module, config: Config):
         """Takes `model` (fp32, the same on every rank) over: moves it to this rank's device, casts and shards it.
@@ -126,12 +134,9 @@ class Engine:
         self._stats: GradStats | None = None
         self._norm, self._nonfinite = math.nan, 0
         self._lr: float | None = None
+        self.before_update = None
         self._optimizer.register_step_pre_hook(self._before_adamw)
         self._own_norm(trainable)
-        if self._stage == 1 and config.training.precision == "bf16":
-            # This pair has an optimizer class of its own, which forgets what DeepSpeed's consolidation asks for.
-            state_dict = self._engine.optimizer.state_dict
-            self._engine.optimizer.state_dict = lambda: {**state_dict(), "zero_stage": 1}
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # nccl knows no tensors on the host. Only the stages with `collectives` in backward alone have to ask.
         self._hosts = dist.new_group(backend="gloo") if self._stage == 2 and dist.get_backend() == "nccl" else None
@@ -230,61 +235,95 @@ class Engine:
             for hook in hooks:
                 hook.remove()
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, fp32 masters and moments under `folder`, every rank its share. Collective.
+    @contextlib.contextmanager
+    def squared_gradients(self) -> Iterator[list[Tensor]]:
+        """Collects, while `backward` runs, the squared norm of every parameter's gradient on this rank, before any
+        reduction: 0-d, float32. One more pass over the gradient."""
+        squares: list[Tensor] = []
 
-        Raises OSError or RuntimeError on the ranks that could not write, and only there: the caller tells the others.
-        """
-        failures: list[Exception] = []
+        def look(gradient: Tensor) -> None:
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
 
-        def attempt(write: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-            try:
-                write(*arguments, **named)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-                failures.append(error)
-
-        if self.rank == 0:
-            attempt(self._write_description, folder)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        order = [names[id(parameter)] for group in self._groups for parameter in group]
-        # The ranks meet at barriers while they save: a failure in between would leave the others waiting there.
-        writer = self._engine.checkpoint_engine
-        write = writer.save
-        writer.save = functools.partial(attempt, write)
+        hooks = [parameter.register_hook(look) for parameter in self.model.parameters() if parameter.requires_grad]
         try:
-            self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"order": order}, save_latest=False)
+            yield squares
         finally:
-            writer.save = write
-        if failures:
-            raise failures[0]
+            for hook in hooks:
+                hook.remove()
 
-    def load(self, folder: Path, *, optimizer: bool = True) -> None:
-        """Restores what `save` wrote. Collective.
+    def state(self) -> State:
+        """What this rank has to save of weights, fp32 masters and moments. The tensors are the live ones: they change
+        with the next update, before which `before_update` is called. Collective in stage 3."""
+        tensors, starts, steps = dict[str, Tensor](), dict[str, int](), set[int]()
+        for name, start, master, offset, length in self._fragments(self.world_size):
+            starts[name] = start
+            moments = self._optimizer.state.get(master, {})
+            steps.add(int(moments.get("step", 0)))
+            for kind, tensor in ((MASTER, master), *((kind, moments.get(kind)) for kind in MOMENTS)):
+                if tensor is not None:
+                    tensors[f"{kind}/{name}"] = tensor.detach().view(-1).narrow(0, offset, length)
+        assert len(steps) <= 1, "AdamW's parameters have taken different numbers of steps"
+        others = self._others()
+        if self.rank == 0:
+            tensors |= {f"{OTHER}/{name}": tensor.detach().view(-1) for name, tensor in others.items()}
+        description = {
+            "zero_stage": self._stage,
+            "precision": self._config.training.precision,
+            "world_size": self.world_size,
+            "adam_step": max(steps, default=0),
+            "parameters": {name: list(_shape(parameter)) for name, parameter in self._trainable()},
+            "others": {name: list(tensor.shape) for name, tensor in others.items()},
+            "tied": self._tied(),
+        }
+        return State(tensors, starts, description)
 
-        With `optimizer=False` only the fp32 weights, whatever stage, precision and world size they were saved with;
-        AdamW starts anew. Raises UserError if `folder` holds no checkpoint, one of another model, or one of another
-        stage, precision or world size whose optimizer state cannot be used.
+    def save(self, folder: Path) -> None:
+        """Writes `state` under `folder`, every rank its share. Collective.
+
+        Raises OSError on the ranks that could not write, and only there: the caller tells the others.
         """
-        saved, own = _describe(folder), self._description()
-        if not optimizer:
-            weights = read_weights(folder)
-            if different := weights.keys() ^ self.model.state_dict().keys():
-                raise UserError(f"{folder}: holds another model's weights, only one of the two has {min(different)}")
-            self._set_weights(weights)
+        state = self.state()
+        try:
+            write_shard(folder, self.rank, {key: value.cpu() for key, value in state.tensors.items()}, *state[1:])
+        finally:
+            dist.barrier()
+
+    @torch.no_grad()
+    def load(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Restores what `save` wrote, in whatever stage, precision and world size that was. Collective.
+
+        With `optimizer=False` only the weights; AdamW starts anew. Raises UserError if `folder` holds no checkpoint or
+        one of another model.
+        """
+        saved = Shards(folder)
+        shapes = {name: list(_shape(parameter)) for name, parameter in self._trainable()}
+        own = shapes.keys() | self._others().keys() | self._tied().keys()
+        if different := saved.names() ^ own:
+            raise UserError(f"{folder}: holds another model's weights, only one of the two has {min(different)}")
+        for name, shape in shapes.items():
+            if saved.shapes[name] != shape:
+                raise UserError(f"{folder}: holds another model's weights: {name} is {saved.shapes[name]}, not {shape}")
+        step = saved.description["adam_step"] if optimizer else 0
+        if step == 0:
             self._optimizer.state.clear()
-            return
-        for key in own:
-            if saved[key] != own[key]:
-                raise UserError(
-                    f"{folder}: saved with {key} {saved[key]}, this run has {own[key]}; "
-                    "use the same, or load the weights without the optimizer's state"
-                )
-        # The checkpoint holds the hyperparameters of its own run too; this run's configuration decides.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        with _silence():
-            self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
-        for group, setting in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(setting)
+        for name, start, master, offset, length in self._fragments(1):
+            master.detach().view(-1).narrow(0, offset, length).copy_(saved.read(MASTER, name, start, length))
+            if step == 0:
+                continue
+            state = self._optimizer.state[master]
+            state["step"] = torch.tensor(float(step), device=master.device)
+            for kind in MOMENTS:
+                moment = state.setdefault(kind, torch.zeros_like(master, memory_format=torch.preserve_format))
+                moment.view(-1).narrow(0, offset, length).copy_(saved.read(kind, name, start, length))
+        gathered = _import_deepspeed().zero.GatheredParameters
+        for name, parameter in self._trainable():
+            with gathered([parameter], modifier_rank=0):
+                if self.rank == 0 or self._stage < 3:  # in stage 3 the others receive it
+                    parameter.copy_(saved.whole(name))
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name in saved.description["others"]:
+                with gathered([tensor] if isinstance(tensor, nn.Parameter) else [], modifier_rank=0):
+                    tensor.copy_(saved.other(name))
 
     def gather_weights(self) -> dict[str, Tensor] | None:
         """On rank 0 the whole state dict, fp32 (the masters, with bf16) on the CPU; elsewhere None. Collective.
@@ -395,6 +434,9 @@ class Engine:
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over a parameter without a gradient, moments and step count too
             return
+        if self.before_update is not None:
+            self.before_update()
+            self.before_update = None
         if self._config.training.max_grad_norm > 0:
             assert self._stats is not None
             clip_(gradients, clip_coefficient(self._stats, self._config.training.max_grad_norm))
@@ -409,65 +451,60 @@ class Engine:
         masters = [p for group in self._optimizer.param_groups for p in group["params"]]
         return next(master for p, master in zip(own, masters, strict=True) if p is parameter)
 
-    @torch.no_grad()
-    def _set_weights(self, weights: dict[str, Tensor]) -> None:
-        deepspeed = _import_deepspeed()
-        for name, parameter in self.model.named_parameters():
-            value = weights[name].to(self.device)
-            if self._stage > 0:
-                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-            else:
-                self._master(parameter).copy_(value)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(value)
-        for name, buffer in self.model.named_buffers():
-            if name in weights:  # only persistent buffers are saved
-                buffer.copy_(weights[name])
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
-    def _write_description(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _DESCRIPTION).write_text(json.dumps(self._description()))
+    def _others(self) -> dict[str, Tensor]:
+        """Buffers that are saved, and frozen parameters, whole. Collective in stage 3, if there are any."""
+        trainable = {id(parameter) for _, parameter in self.model.named_parameters() if parameter.requires_grad}
+        others = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if id(t) not in trainable}
+        frozen = [tensor for tensor in others.values() if isinstance(tensor, nn.Parameter)]
+        if self._stage < 3 or not frozen:
+            return others
+        with _import_deepspeed().zero.GatheredParameters(frozen):
+            return {name: tensor.detach().clone() for name, tensor in others.items()}
 
-    def _description(self) -> dict[str, Any]:
-        return {
-            "zero_stage": self._stage,
-            "precision": self._config.training.precision,
-            "shards": self.world_size if self._stage > 0 else 1,
-        }
+    def _tied(self) -> dict[str, str]:
+        """Further names of parameters → their first."""
+        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        state = self.model.state_dict(keep_vars=True).items()
+        return {name: first[id(tensor)] for name, tensor in state if first.get(id(tensor), name) != name}
 
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The whole fp32 state dict, on the CPU, of what `Engine.save` wrote under `folder`; needs no process group.
-
-    Raises UserError if there is no checkpoint.
-    """
-    if _describe(folder)["zero_stage"] > 0:
-        _import_deepspeed()
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with _silence():
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
-    path = folder / _TAG / "mp_rank_00_model_states.pt"
-    saved = torch.load(path, map_location="cpu", weights_only=False)
-    module: dict[str, Tensor] = saved["module"]
-    if "fp32_groups" not in saved["optimizer"]:
-        return dict(module)
-    masters = (master for group in saved["optimizer"]["fp32_groups"] for master in group)
-    # Tied parameters are one tensor under two names, before and after torch.save; masters have one name each.
-    fp32 = {module[name].data_ptr(): master.detach() for name, master in zip(saved["order"], masters, strict=True)}
-    return {name: fp32.get(tensor.data_ptr(), tensor) for name, tensor in module.items()}
-
-
-def _describe(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _DESCRIPTION).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no weights ({_DESCRIPTION} is missing); name a checkpoint's folder") from None
+    def _fragments(self, shares: int) -> Iterator[tuple[str, int, Tensor, int, int]]:
+        """Which stretches this rank updates: the parameter's name, where in it (flattened) the stretch starts, the
+        tensor that AdamW updates, where in that it starts, and its length. In stage 0 every rank updates everything:
+        then one of `shares` equal parts, or of 1 all."""
+        zero, names = self._engine.optimizer, {id(parameter): name for name, parameter in self._trainable()}
+        own: list[Any] = [parameter for group in self._groups for parameter in group]
+        if self._stage == 0:
+            masters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            for parameter, master in zip(own, masters, strict=True):
+                start, end = (master.numel() * (self.rank % shares + i) // shares for i in (0, 1))
+                yield names[id(parameter)], start, master, start, end - start
+        elif self._stage == 3:
+            for parameter in own:
+                group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                start = length * self.rank
+                length = max(0, min(length, parameter.ds_numel - start))  # the last ranks' are padded
+                yield names[id(parameter)], start, zero.fp32_partitioned_groups_flat[group], offset, length
+        else:
+            masters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            for parameter in own:
+                mapping = parameter._hp_mapping  # none where the rank has nothing of it
+                if mapping is not None:
+                    within, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    master = masters[mapping.param_group_index]
+                    yield names[id(parameter)], within.start, master, flat.start, within.numel
 
 
 def _averaged(zero: Any) -> list[Tensor]:
     """This rank's share of the averaged gradient, which ZeRO keeps by parameter group."""
     return [gradient for group in zero.averaged_gradients.values() for gradient in group]
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Under ZeRO-3 too, where the parameter itself is empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _fp32_on_cpu(tensor: Tensor) -> Tensor:

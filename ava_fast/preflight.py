@@ -148,8 +148,8 @@ def _output(config: Config) -> str:
 def _disk(config: Config) -> str:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    kept = (config.checkpoint.save_total_limit or 1) + 1  # one more while it is written
-    needed = kept * (18 if config.training.precision == "bf16" else 16) * parameters
+    kept = (config.checkpoint.save_total_limit or 1) + config.checkpoint.keep_best + 1  # one while it is written
+    needed = kept * 12 * parameters  # fp32 weights and two moments
     folder = Path(config.logging.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent

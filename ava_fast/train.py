@@ -78,15 +78,15 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     if past and past.ended:
         raise Ended(f"{past.run_folder} has ended for good: {past.ended[1]}", past.ended[0])
     if past:
-        run_folder, checkpoint = past.run_folder, past.checkpoint
+        run_folder, checkpoints = past.run_folder, past.checkpoints
     else:
         _on_rank_0(lambda: _preflight(config))
-        checkpoint = _on_rank_0(lambda: _checkpoint(config, options))
-        run_folder = _on_rank_0(lambda: checkpoint.parent.parent if checkpoint else new_run(config))
+        checkpoints = _on_rank_0(lambda: _checkpoints(config, options))
+        run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
     try:
         if _rank() == 0:
-            elastic.begin(run_folder, agents, past, checkpoint)
-        _train(config, run_folder, checkpoint, past, options.reset_optimizer and past is None, started_at)
+            elastic.begin(run_folder, agents, past, checkpoints)
+        _train(config, run_folder, checkpoints, past, options.reset_optimizer and past is None, started_at)
     except (UserError, TrainingError) as error:
         if _rank() == 0 and not isinstance(error, LostRank):
             elastic.end(run_folder, error.exit_code, str(error))
@@ -96,7 +96,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
 def _train(
     config: Config,
     run_folder: Path,
-    checkpoint: Path | None,
+    checkpoints: list[Path],
     past: elastic.Past | None,
     reset_optimizer: bool,
     started_at: float,
@@ -108,9 +108,9 @@ def _train(
     ended: TrainingError | Interrupted | None = None
     with Watch(config.distributed, run_folder) as watch:
         watch.enter("prepare")
-        shards = _on_rank_0(lambda: _prepare(config))
+        shards = prepare_data(config)
         watch.enter("start")
-        trainer = _trainer(config, run_folder, shards, checkpoint, past, reset_optimizer)
+        trainer = _trainer(config, run_folder, shards, checkpoints, past, reset_optimizer)
         tokens = trainer.loader.sequences_per_epoch * config.data.max_length
         logger.info(
             f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) "
@@ -146,18 +146,17 @@ def _trainer(
     config: Config,
     run_folder: Path,
     shards: list[Source],
-    checkpoint: Path | None,
+    checkpoints: list[Path],
     past: elastic.Past | None,
     reset_optimizer: bool,
 ) -> Trainer:
     """At the place in the run from which it goes on."""
-    weights = _initial_weights(config) if checkpoint is None else None
-    trainer = Trainer(config, run_folder, shards, weights)
-    if checkpoint is not None:
-        trainer.load(checkpoint, optimizer=not reset_optimizer)
+    trainer = Trainer(config, run_folder, shards, None if checkpoints else initial_weights(config))
+    if checkpoints:
+        checkpoint = trainer.load(*checkpoints, optimizer=not reset_optimizer)
         logger.info(f"resuming after step {trainer.step} from {checkpoint}")
     if past:
-        if checkpoint is None:
+        if not checkpoints:
             trainer.loader.avoid = store.avoided(trainer.checkpoints)
         trainer.restarted = past.record(trainer.step)
     if _rank() == 0:
@@ -167,9 +166,7 @@ def _trainer(
 
 def _tell_restart(past: elastic.Past) -> None:
     logger.warning(f"started anew after step {past.step}: {past.reason}")
-    for refused in past.refused:
-        logger.warning(f"not gone on from: {refused}")
-    if past.checkpoint is None:
+    if not past.checkpoints:
         logger.warning("there is no checkpoint yet: from the beginning")
     if past.world_size != dist.get_world_size():
         logger.warning(f"the run goes on with {dist.get_world_size()} rank(s) instead of {past.world_size}")
@@ -197,18 +194,19 @@ def _preflight(config: Config) -> None:
         raise UserError("preflight refused the run: " + "; ".join(check.detail for check in failed))
 
 
-def _checkpoint(config: Config, options: argparse.Namespace) -> Path | None:
+def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
+    """What `--resume` may mean, the best choice first; nothing for a new run."""
     if options.resume is None:
         if options.reset_optimizer:
             raise UserError("--reset-optimizer: needs --resume; a new run has a fresh optimizer anyway")
-        return None
+        return []
     if options.resume != "latest":
-        return store.find_checkpoint(Path(options.resume))
+        return store.candidates(Path(options.resume))
     run = newest_run(config)
     if run is None:
         say(f"--resume latest: no run named {config.logging.experiment_name or '(none)'} to resume; starting a new one")
-        return None
-    return store.find_checkpoint(run)
+        return []
+    return store.candidates(run)
 
 
 def _finished(config: Config, options: argparse.Namespace) -> str | None:
@@ -217,6 +215,11 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
         return None
     run = newest_run(config) if options.resume == "latest" else Path(options.resume)
     return finished_lines(run, config) if run else None
+
+
+def prepare_data(config: Config) -> list[Source]:
+    """Prepares what is not yet, on rank 0. Collective; raises UserError on every rank."""
+    return _on_rank_0(lambda: _prepare(config))
 
 
 def _prepare(config: Config) -> list[Source]:
@@ -241,7 +244,8 @@ def _prepare(config: Config) -> list[Source]:
     return prepared
 
 
-def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+def initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+    """Of `training.init_from`, if it is set. Raises UserError if they are another model's."""
     if config.training.init_from is None:
         return None
     weights, sections = read_model(Path(config.training.init_from))

@@ -7,7 +7,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -26,13 +26,15 @@ from ava_fast.distributed import elastic, pace
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
-from ava_fast.evaluate.heldout import heldout_loss
+from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.schedule.noise_scale import NoiseScale
 from ava_fast.stability import surgery
 from ava_fast.stability.failures import (
     PAUSES,
@@ -85,12 +87,20 @@ class Trainer:
         self.engine = Engine(model, config)
         self.keeper = Keeper(self.checkpoints, self.engine, config, self.shards / "tokenizer.json")
         seed_generators(training.seed + 1 + rank)  # different noise on each
-        self.judge = Judge(config.stability)
+        self.judge = Judge(config.stability, training.adaptive_lr.emergency_factor)
+        self.adaptive = AdaptiveRate(training)
+        self.rate: Callable[[int], float] = self.adaptive.rate
+        """The learning rate of a step, counted from 0, before the judge's factor."""
+        self.noise_scale: NoiseScale | None = None
+        if training.noise_scale_steps:
+            per_step = training.batch_size * training.gradient_accumulation_steps
+            self.noise_scale = NoiseScale(training.batch_size / world_size, per_step)
         self.step = 0
         """Optimizer steps taken; a skipped batch is none."""
         self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
         self.evaluated_at = -1
-        self.heldout = math.nan
+        self.heldout = self.loss = math.nan
+        """The losses last seen: held-out, and of a step's micro-batches on all ranks; nats per token."""
         self._stop_signal = 0
         # Of this rank, in the step under way: what went wrong, in words, and the position of its batch.
         self._failures: list[tuple[Trouble, str, int]] = []
@@ -153,7 +163,7 @@ class Trainer:
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
                 watch.enter("save")
-                self.save()
+                self.save(wait=bool(interrupted))
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
@@ -163,7 +173,14 @@ class Trainer:
             self._evaluate()
         watch.enter("save")
         if self.keeper.saved_at != self.step:
-            self.save()
+            self.save(wait=True)
+        self.keeper.settle()
+        self._note_saves()
+
+    def advance(self) -> tuple[Ruling, float]:
+        """One step of a loop that is not `run` → the ruling, and the loss as a mean over ranks. Collective."""
+        ruling, _ = self._step()
+        return ruling, self.loss
 
     def _step(self) -> tuple[Ruling, int]:
         """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
@@ -181,8 +198,9 @@ class Trainer:
             seen.append(self._compute(batches[-1]))
         totals = self._over_ranks(torch.stack(seen).sum(0))
         self._stretch = None
-        (loss, balance_loss, z_loss), routing, requested_LE, failures, interrupted = totals
-        lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
+        (loss, balance_loss, z_loss, square), routing, requested_LE, failures, interrupted = totals
+        self.loss = loss
+        lr, ruling = self.rate(self.step), Ruling(Verdict.SKIP, False, 1.0)
 
         def decide(grad_norm: float) -> float | None:
             nonlocal lr, ruling
@@ -204,6 +222,7 @@ class Trainer:
             culprits = self._culprits(ruling, batches, positions, own_losses, noise)
             self._tell(ruling, loss, result, culprits)
             self._dump(batches, noise)
+            self.adaptive.disturbed()
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
@@ -211,6 +230,12 @@ class Trainer:
             return ruling, interrupted
         self._targets = targets
         update_expert_biases(engine.model, requested_LE)
+        scheduled, change = learning_rate(self.step, training), None
+        if ruling.trouble is None:
+            change = self.adaptive.observe(self.step, loss, result.grad_norm)
+            if self._measures_noise():
+                assert self.noise_scale is not None
+                self.noise_scale.update(square, result.grad_norm**2)
         self.step += 1
         seconds = time.perf_counter() - started_at
         tokens_per_step = sequences * self.config.data.max_length
@@ -225,6 +250,8 @@ class Trainer:
                 **({"routing": routing} if len(requested_LE) else {}),
                 "verdict": ruling.verdict.value,
                 "learning_rate": lr,
+                **({"scheduled_rate": scheduled} if training.adaptive_lr.enabled else {}),
+                **({"noise_scale": self.noise_scale.sequences} if self.noise_scale else {}),
                 "grad_norm": result.grad_norm,
                 "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
                 "seconds": seconds,
@@ -233,7 +260,16 @@ class Trainer:
                 "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
             }
         )
+        if change is not None:
+            if self._metrics:
+                self._metrics.write(
+                    {"kind": "rate", "step": self.step, "factor": change.factor, "reason": change.reason}
+                )
+            logger.info(f"step {self.step} | {change.reason}")
         return ruling, interrupted
+
+    def _measures_noise(self) -> bool:
+        return self.noise_scale is not None and self.step % self.config.training.noise_scale_steps == 0
 
     def _read(self) -> Batch:
         """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
@@ -262,14 +298,14 @@ class Trainer:
         raised, and ends the run on every rank. Once it is known that the step is lost, nothing is computed.
         """
         engine, (L, E) = self.engine, self._routed
-        figures = torch.zeros(3 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
+        figures = torch.zeros(4 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
         if self._lost_step:
             return figures
         try:
             with self._pace if engine.collectives != "forward" else nullcontext():
                 output = self._forward(batch)
                 if engine.collectives == "step":
-                    self._backward(output)
+                    square = self._backward(output)
             if self.config.stability.gradient_surgery != "none":  # of ZeRO 0 only
                 self._gradients.append(engine.take_gradient())
         except Exception as error:
@@ -283,8 +319,8 @@ class Trainer:
         if self._lost_step:
             return figures
         if engine.collectives != "step":
-            self._backward(output)
-        return _figures(output)
+            square = self._backward(output)
+        return _figures(output, square)
 
     def _operate(self) -> surgery.Matrix:
         """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
@@ -310,8 +346,15 @@ class Trainer:
         output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
         return output
 
-    def _backward(self, output: Output) -> None:
-        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
+    def _backward(self, output: Output) -> torch.Tensor:
+        """→ the squared norm of this rank's own gradient of the micro-batch, 0-d; 0 where it is not asked for."""
+        N = self.config.training.gradient_accumulation_steps
+        if not self._measures_noise():
+            self.engine.backward(output.objective / N)
+            return torch.zeros((), device=self.engine.device)
+        with self.engine.squared_gradients() as squares:
+            self.engine.backward(output.objective / N)
+        return N**2 * torch.stack(squares).sum()
 
     def _culprits(
         self,
@@ -393,9 +436,8 @@ class Trainer:
         """To the last checkpoint that was saved in calm, or else the last; past the batches since trouble began."""
         stretch = (self._trouble_from or 0, self.loader.position)
         avoid, abandoned = [*self.loader.avoid, stretch], self.step
-        checkpoint = self.keeper.last_good(self.step)
         judge = self.judge.state_dict()
-        self.load(checkpoint)
+        checkpoint = self.load(*self.keeper.good_ones(self.step))
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
         self.keeper.go_back(checkpoint, stretch)
@@ -416,9 +458,9 @@ class Trainer:
             self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
-    def save(self, *, emergency: bool = False) -> None:
-        """Writes `checkpoints/step_N`; `emergency`: not one to roll back to while there is another. Raises
-        TrainingError if it could not be written."""
+    def save(self, *, wait: bool = False, emergency: bool = False) -> None:
+        """Begins to write `checkpoints/step_N`; with `wait` or `emergency` it is on the disk afterwards. `emergency`:
+        not one to roll back to while there is another. Raises TrainingError if it or the last one cannot be written."""
         state = {
             "data": self.loader.state_dict(),
             "stability": {
@@ -427,20 +469,35 @@ class Trainer:
                 "trouble_from": self._trouble_from,
                 "targets": self._targets,
             },
+            "schedule": {
+                "adaptive": self.adaptive.state_dict(),
+                "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
+            },
             "heldout_loss": _number(self.heldout),
+            "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
-        self.keeper.save(self.step, state)
+        self.keeper.save(self.step, state, wait=wait or emergency)
 
-    def load(self, checkpoint: Path, *, optimizer: bool = True) -> None:
-        """Continues where `checkpoint` stood: weights, optimizer, step, data position, judge, random generators.
+    def _probe(self) -> dict[str, Any]:
+        """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
+        tokens = self.heldout_NS1[0, : PROBE + 1].tolist()
+        return {"tokens": tokens, "loss": _number(probe_loss(self.engine.model, tokens, self.engine.device))}
 
-        With `optimizer=False` AdamW starts anew. Raises UserError if the checkpoint is damaged or of another model,
-        data set or world size.
+    def load(self, *checkpoints: Path, optimizer: bool = True) -> Path:
+        """Continues where the first of `checkpoints` that verifies stood: weights, optimizer, step, data position,
+        judge, random generators → which it was.
+
+        With `optimizer=False` AdamW starts anew. Raises UserError if none verifies or it is of another model or data
+        set.
         """
-        state = self.keeper.load(checkpoint, optimizer=optimizer)
+        checkpoint, state = self.keeper.load(checkpoints, optimizer=optimizer)
         self.loader.load_state_dict(state["data"])
         self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
+        if schedule := state.get("schedule"):
+            self.adaptive.load_state_dict(schedule["adaptive"])
+            if self.noise_scale and schedule["noise_scale"]:
+                self.noise_scale.load_state_dict(schedule["noise_scale"])
         stability = state["stability"]
         self.judge.load_state_dict(stability["judge"])
         self._trouble_from = stability["trouble_from"]
@@ -450,37 +507,49 @@ class Trainer:
         self.step, self.evaluated_at = state["step"], state["heldout_step"]
         if state["heldout_loss"] is not None:
             self.heldout = state["heldout_loss"]
+        return checkpoint
 
     def _over_ranks(
         self, figures: torch.Tensor
     ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, dict[Trouble, int], int]:
-        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
-        over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what failed, and the signal
-        that asks to stop (or 0).
+        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses, squared gradient norm and
+        routing figures, means over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what
+        failed, and the signal that asks to stop (or 0).
 
         One all-reduce, and one wait for the device.
         """
         signal_number, (L, E) = self._stop_signal, self._routed
         own = {trouble for trouble, _, _ in self._failures}
-        health = [signal_number, self._retries + self.keeper.retries, *(trouble in own for trouble in FAILURES)]
+        health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
+        health += [trouble in own for trouble in FAILURES]
         paces_W = self._pace.share()
         shared = torch.cat((figures, figures.new_tensor([*health, *paces_W])))
         dist.all_reduce(shared)
-        sums, requested, rest = shared.split((3 + 4 * L, L * E, len(health) + len(paces_W)))
+        sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
         self._pace.heard(means[-len(paces_W) :])
-        signals, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
+        signals, failed_saves, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
+        if failed_saves:
+            self.keeper.settle()
         self._count_retries(int(retries))
+        self._note_saves()
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
         failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
-        by_block = (means[3 + i * L : 3 + (i + 1) * L] for i in range(len(names)))
+        by_block = (means[4 + i * L : 4 + (i + 1) * L] for i in range(len(names)))
         routing = {name: [round(value, 6) for value in values] for name, values in zip(names, by_block, strict=True)}
         # Any rank's signal stops all of them after the same step.
         interrupted = signal_number or (signal.SIGTERM if signals else 0)
-        return means[:3], routing, requested_LE, failures, interrupted
+        return means[:4], routing, requested_LE, failures, interrupted
+
+    def _note_saves(self) -> None:
+        """Those that have been finished since the last call."""
+        while self.keeper.news:
+            record = self.keeper.news.pop(0)
+            if self._metrics:
+                self._metrics.write(record)
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
@@ -591,10 +660,10 @@ class Trainer:
                 signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
-def _figures(output: Output) -> torch.Tensor:
+def _figures(output: Output, square: torch.Tensor) -> torch.Tensor:
     """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
-    losses_3 = torch.stack((output.loss, output.balance_loss, output.z_loss))
-    return torch.cat((losses_3, output.routing.flatten(), output.requested.flatten().double()))
+    losses_4 = torch.stack((output.loss, output.balance_loss, output.z_loss, square))
+    return torch.cat((losses_4, output.routing.flatten(), output.requested.flatten().double()))
 
 
 def _number(value: float) -> float | None:

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from ava_fast.checkpoint.shards import read_weights
 from ava_fast.config import load_config
 from ava_fast.data.loader import heldout_sequences
 from ava_fast.data.prepare import prepare
-from ava_fast.engine import read_weights
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.run import read_metrics
 from bench import machine

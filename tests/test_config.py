@@ -43,6 +43,23 @@ def test_overrides_are_typed_and_the_last_one_wins() -> None:
     assert load_config(None, ["data.data_dir=/a=b"]).data.data_dir == "/a=b"
 
 
+def test_sections_hold_sections(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training: {adaptive_lr: {plateau_patience: 7}}")
+    config = load_config(tmp_path / "c.yaml", ["training.adaptive_lr.enabled=true"])
+    assert (config.training.adaptive_lr.plateau_patience, config.training.adaptive_lr.enabled) == (7, True)
+    assert not load_config(None).training.adaptive_lr.enabled
+    faults = refused("training: {adaptive_lr: {enable: true, min_lr: -1}}", "training.adaptive_lr=3", tmp_path=tmp_path)
+    assert [fault.split(":")[0] for fault in faults] == [
+        "training.adaptive_lr",
+        "training.adaptive_lr.enable",
+        "training.adaptive_lr.min_lr",
+    ]
+    assert "closest valid key: training.adaptive_lr.enabled" in faults[1]
+    (fault,) = refused("training: {adaptive_lr: 3}", tmp_path=tmp_path)
+    assert "training.adaptive_lr: must be a section; given: 3; allowed: keys enabled, plateau_patience" in fault
+    assert load_config(None, ["training.adaptive_lr.min_lr=null"]).training.adaptive_lr.min_lr is None
+
+
 def test_exponents_without_a_point_are_numbers_in_files_too(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("training: {learning_rate: 3e-4, adam_eps: 1.e-9, lr_end: .5e-5}")
     training = load_config(tmp_path / "c.yaml").training
@@ -79,7 +96,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         ("training.learning_rate=.nan", "number > 0"),
         ("training.learning_rate=.inf", "number > 0"),
         ("training.learning_rate=-1", "number > 0"),
-        ("training.lr_scheduler_type=cosin", "one of cosine, linear, wsd, constant"),
+        ("training.lr_scheduler_type=cosin", "one of cosine, cosine_with_restarts, linear,"),
         ("deepspeed.zero_stage=4", "one of 0, 1, 2, 3"),
         ("model.qk_norm=1", "true or false"),
         ("model.head_dim=a", "integer ≥ 1 or null"),

@@ -13,10 +13,11 @@ from corpus import write_config, write_corpus
 from distributed import run_on_ranks
 from torch import Tensor
 
+from ava_fast.checkpoint.shards import read_weights
 from ava_fast.config import Config, load_config
 from ava_fast.data.loader import TokenLoader
 from ava_fast.data.prepare import prepare
-from ava_fast.engine import close_distributed, init_distributed, read_weights
+from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.evaluate.heldout import heldout_loss
 from ava_fast.model import moe
 from ava_fast.model.transformer import Transformer
@@ -28,7 +29,7 @@ RECOMPUTED = [(0, "fp32"), (3, "bf16")]
 STEPS, BATCH, MICRO_BATCHES, E, K, RATE = 4, 4, 2, 6, 2, 0.01
 # Everything that the router can do at once; and what does not depend on how tokens are shared out over ranks.
 EVERYTHING = ["moe.score=sigmoid", "moe.num_groups=3", "moe.group_top_k=2", "moe.capacity_factor=0.9", "moe.scale=1.5"]
-WHOLE_BATCH = ["moe.jitter=0", "moe.aux_loss_weight=0", "checkpoint.save_steps=0"]
+WHOLE_BATCH = ["moe.jitter=0", "moe.aux_loss_weight=0"]
 FIGURES = ["moe.jitter=0", "moe.capacity_factor=0.9", "training.max_steps=1"]
 HALF = f"step_{STEPS // 2}"
 
@@ -61,7 +62,7 @@ def train(config: Config, shards: str, folder: Path, resume: Path | None = None)
     dist.barrier()
     if gathered is not None:
         clock = {"seconds", "tokens_per_second"}
-        records = read_metrics(folder / "metrics.jsonl")
+        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] != "checkpoint"]
         seen["records"] = [{key: value for key, value in r.items() if key not in clock} for r in records]
         seen["gathered"] = biases(gathered)
     return seen
@@ -162,10 +163,19 @@ def test_the_number_of_ranks_changes_neither_bias_nor_figures(
     init_distributed(config)
     try:
         one, two = train(config, shards, folder / "whole1"), ranks[0]["whole batch"]
+        # What two ranks saved, gone on with by one and in another stage.
+        other = settings(file, *WHOLE_BATCH, "deepspeed.zero_stage=3")
+        moved = train(other, shards, folder / "moved", folder / "whole2" / "checkpoints" / HALF)
     finally:
         close_distributed()
     assert same(one["bias"], two["bias"])
-    for mine, theirs in zip(one["records"], two["records"], strict=True):
+    assert same(moved["bias"], two["bias"])
+    later = [record for record in two["records"] if record["step"] > STEPS // 2]
+    assert len(later) == len(moved["records"]) == STEPS // 2 + 1
+    for mine, theirs in (
+        *zip(one["records"], two["records"], strict=True),
+        *zip(moved["records"], later, strict=True),
+    ):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         if mine["kind"] == "step":
             assert mine["routing"]["utilisation"] == theirs["routing"]["utilisation"]

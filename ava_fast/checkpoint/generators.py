@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -33,3 +34,23 @@ def restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def packed(states: dict[str, Any]) -> bytes:
+    """As JSON, which needs no trust to be read."""
+    name, keys, *rest = states["numpy"]
+    tensors = {device: None if states[device] is None else states[device].tolist() for device in ("torch", "cuda")}
+    return json.dumps({"python": states["python"], "numpy": [name, keys.tolist(), *rest], **tensors}).encode()
+
+
+def unpacked(content: bytes) -> dict[str, Any]:
+    """What was packed."""
+    states = json.loads(content)
+    version, internal, gauss = states["python"]
+    name, keys, *rest = states["numpy"]
+    tensors = {
+        device: None if states[device] is None else torch.tensor(states[device], dtype=torch.uint8)
+        for device in ("torch", "cuda")
+    }
+    python = (version, tuple(internal), gauss)
+    return {"python": python, "numpy": (name, np.array(keys, np.uint32), *rest), **tensors}

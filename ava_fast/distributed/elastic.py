@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from ava_fast.checkpoint import store
 from ava_fast.config import Config
-from ava_fast.errors import UserError
 from ava_fast.files import write_whole
 from ava_fast.observe.run import read_metrics, runs_folder
 
@@ -42,10 +41,8 @@ class Past:
     """The exit code, and the line that said why, of a run that is not to go on."""
     restarts: int
     """How often the workers have been started anew, this time included."""
-    checkpoint: Path | None
-    """To go on from. None: from the beginning."""
-    refused: list[str]
-    """Why newer checkpoints are not gone on from."""
+    checkpoints: list[Path]
+    """To go on from, the newest first; the first that verifies. None: from the beginning."""
     reason: str
     """Why the last start ended."""
     step: int
@@ -108,14 +105,14 @@ def look_back(config: Config, agents: list[str]) -> Past | None:
     return None
 
 
-def begin(run_folder: Path, agents: list[str], past: Past | None, checkpoint: Path | None) -> None:
-    """Notes that the run starts, or starts anew, from `checkpoint`. For rank 0."""
+def begin(run_folder: Path, agents: list[str], past: Past | None, checkpoints: list[Path]) -> None:
+    """Notes that the run starts from the first of `checkpoints`, or starts anew. For rank 0."""
     if not agents:
         return
     if past is None:
         # Newer than the one that was asked for: they belong to another future, until they are written again.
         found = store.list_checkpoints(run_folder / "checkpoints")
-        later = found[found.index(checkpoint) + 1 :] if checkpoint in found else []
+        later = found[found.index(checkpoints[0]) + 1 :] if checkpoints and checkpoints[0] in found else []
         passed_over = {path.name: _written_at(path) for path in later}
     else:
         passed_over = (_read(run_folder / NOTE) or {}).get("passed_over", {})
@@ -152,27 +149,17 @@ def _past(run_folder: Path, note: dict[str, Any]) -> Past:
     records = read_metrics(metrics) if metrics.exists() else []
     told = _read(run_folder / LOST) or {}
     lasted_until = metrics.stat().st_mtime if metrics.exists() else time.time()
-    past = Past(
+    saved = store.list_checkpoints(run_folder / "checkpoints")[::-1]
+    return Past(
         run_folder=run_folder,
         ended=tuple(note["ended"]) if note["ended"] else None,
         restarts=note["restarts"] + 1,
-        checkpoint=None,
-        refused=[],
+        checkpoints=[path for path in saved if note["passed_over"].get(path.name) != _written_at(path)],
         reason=told.get("reason", "the workers were ended without a word"),
         step=max((record["step"] for record in records if record["kind"] == "step"), default=0),
         lost_at=told.get("at", lasted_until),
         world_size=note["world_size"],
     )
-    for path in [] if past.ended else reversed(store.list_checkpoints(run_folder / "checkpoints")):
-        if note["passed_over"].get(path.name) == _written_at(path):
-            continue
-        try:
-            store.read_manifest(path)
-        except UserError as error:
-            past.refused.append(str(error))
-        else:
-            return replace(past, checkpoint=path)
-    return past
 
 
 def _written_at(checkpoint: Path) -> int:

@@ -6,9 +6,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ava_fast.data.batches import document_offsets
 from ava_fast.engine import Engine
+
+PROBE = 64
+"""Tokens that a checkpoint records its loss on: few, as training waits for it."""
+
+
+@torch.no_grad()
+def probe_loss(model: nn.Module, tokens: list[int], device: torch.device) -> float:
+    """Loss of one sequence, all of one document as far as attention knows. Collective where the model is sharded."""
+    was_training = model.training
+    model.eval()
+    tokens_1S = torch.tensor([tokens], device=device)
+    loss = model(tokens_1S[:, :-1], tokens_1S[:, 1:]).loss
+    model.train(was_training)
+    return float(loss)
 
 
 @torch.no_grad()

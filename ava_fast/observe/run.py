@@ -58,8 +58,8 @@ def newest_run(config: Config) -> Path | None:
     name = config.logging.experiment_name
     candidates = [
         path.parent.parent
-        for path in runs_folder(config).glob("run_*/checkpoints/latest")
-        if _experiment_of(path.parent.parent.name) == name
+        for path in runs_folder(config).glob("run_*/checkpoints/step_*")
+        if path.name.removeprefix("step_").isdigit() and _experiment_of(path.parent.parent.name) == name
     ]
     return max(candidates, key=lambda path: path.name, default=None)
 

@@ -93,8 +93,7 @@ def test_runs_are_named_and_the_newest_of_a_name_is_found(tmp_path: Path) -> Non
     for name in ("a", "a_b", None):
         run = new_run(load_config(None, config(name)))
         assert run.name.startswith("run_")
-        (run / "checkpoints").mkdir()
-        (run / "checkpoints" / "latest").write_text("step_1")
+        (run / "checkpoints" / "step_1").mkdir(parents=True)
         assert newest_run(load_config(None, config(name))) == run
     unfinished = new_run(load_config(None, config("a")))
     assert newest_run(load_config(None, config("a"))) != unfinished

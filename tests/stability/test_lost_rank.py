@@ -20,9 +20,10 @@ from failing_run import sabotage
 from launch import TIMEOUT, only_run
 
 from ava_fast.checkpoint import store
+from ava_fast.checkpoint.shards import read_weights
 from ava_fast.config import Config, load_config
 from ava_fast.data.prepare import prepare
-from ava_fast.engine import close_distributed, init_distributed, read_weights
+from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import LostRank
 from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer
