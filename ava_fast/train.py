@@ -31,11 +31,12 @@ from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import is_prepared
 from ava_fast.distributed import elastic
 from ava_fast.distributed.health import Watch
+from ava_fast.distributed.machine import examine
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
 from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
-from ava_fast.preflight import run_checks, table
+from ava_fast.preflight import Check, run_checks, table
 from ava_fast.summary import finish, finished_lines
 from ava_fast.trainer import Trainer
 
@@ -77,6 +78,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     past = _on_rank_0(lambda: elastic.look_back(config, agents))
     if past and past.ended:
         raise Ended(f"{past.run_folder} has ended for good: {past.ended[1]}", past.ended[0])
+    _examine(config)
     if past:
         run_folder, checkpoints = past.run_folder, past.checkpoints
     else:
@@ -184,6 +186,16 @@ def _on_rank_0(action: Callable[[], Result]) -> Result:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def _examine(config: Config) -> None:
+    """Every rank's machine. Collective; raises UserError on every rank."""
+    rows = [Check(*row) for row in examine(config)]
+    failed = [f"{row.name}: {row.detail}" for row in rows if not row.ok]
+    if _rank() == 0 and (failed or config.distributed.health_checks == "full"):
+        say(table(rows))
+    if failed:
+        raise UserError("the health checks refused the run: " + "; ".join(failed))
 
 
 def _preflight(config: Config) -> None:

@@ -639,8 +639,8 @@ class Trainer:
         due = self.step % self.config.logging.log_steps == 0
         if due and (paces := self._pace.report(self.step)):
             self._metrics.write(paces)
-            if paces["outliers"]:
-                logger.warning(f"step {self.step}: {pace.line(paces)}")
+            if slow := pace.line(paces):
+                logger.warning(f"step {self.step}: {slow}")
         if due or self._bar.steps_done == 1:
             logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
 

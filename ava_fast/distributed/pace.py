@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from types import TracebackType
 from typing import Any
 
 import torch
 
-_NOISE = 0.01  # seconds: what a machine's own business may cost a step
+_NOISE = 0.02  # seconds: what a machine's own business may cost a step
+NAMED_AFTER = 3
+"""Reports in a row that find a rank slow, before it is named: any rank may be for a while."""
 
 
 class Pace:
@@ -32,6 +34,7 @@ class Pace:
         self._own = 0.0
         self._events: list[torch.cuda.Event] = []
         self._steps: deque[list[float]] = deque(maxlen=window)
+        self._in_a_row: Counter[int] = Counter()  # reports, for each rank that the last one found slow
 
     def __enter__(self) -> Pace:
         self._mark()
@@ -70,22 +73,27 @@ class Pace:
         medians = [statistics.median(seconds) for seconds in zip(*self._steps, strict=True)]
         usual = statistics.median_low(medians)
         slow = [rank for rank, own in enumerate(medians) if own > usual * self._ratio and own > usual + _NOISE]
+        self._in_a_row = Counter({rank: self._in_a_row[rank] + 1 for rank in slow})
         outliers = [
             {
                 "rank": rank,
                 "host": self.hosts[rank],
                 "seconds": medians[rank],
                 "times": round(medians[rank] / max(usual, 1e-9), 2),
+                "in_a_row": self._in_a_row[rank],
             }
             for rank in slow
         ]
         return {"kind": "pace", "step": step, "median": usual, "slowest": max(medians), "outliers": outliers}
 
 
-def line(record: dict[str, Any]) -> str:
-    """`rank 3 on node7 takes 0.41 s a step for its own work, 1.8 × the others' median`"""
-    return "; ".join(
+def line(record: dict[str, Any]) -> str | None:
+    """`rank 3 on node7 takes 0.41 s a step for its own work, 1.8 × the others' median`; None if there is none to name
+    that has not been."""
+    named = [
         f"rank {each['rank']} on {each['host']} takes {each['seconds']:.3g} s a step for its own work, "
         f"{each['times']:.3g} × the others' median"
         for each in record["outliers"]
-    )
+        if each["in_a_row"] == NAMED_AFTER
+    ]
+    return "; ".join(named) or None

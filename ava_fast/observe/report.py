@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ava_fast.config import Config
+from ava_fast.distributed.pace import NAMED_AFTER
 from ava_fast.observe.console import duration
 from ava_fast.observe.run import read_metrics
 
@@ -109,7 +110,8 @@ def _rows(
 
 
 def _slow_ranks(paces: list[dict[str, Any]]) -> list[str]:
-    """`rank 3 on node7: up to 1.8 × the others' median, in 4 of 20 stretches`"""
+    """`rank 3 on node7: up to 1.8 × the others' median, in 4 of 20 stretches`, for those that stayed slow."""
+    stayed = {each["rank"] for record in paces for each in record["outliers"] if each["in_a_row"] >= NAMED_AFTER}
     named: dict[tuple[int, str], list[float]] = {}
     for record in paces:
         for each in record["outliers"]:
@@ -117,6 +119,7 @@ def _slow_ranks(paces: list[dict[str, Any]]) -> list[str]:
     return [
         f"rank {rank} on {host}: up to {max(times):.3g} × the others' median, in {len(times)} of {len(paces)} stretches"
         for (rank, host), times in sorted(named.items())
+        if rank in stayed
     ]
 
 
