@@ -8,25 +8,30 @@ AssertionError where the run's end is not what that of an undisturbed run would 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch._C._distributed_c10d import TCPStore
+from tqdm import tqdm
 
 from ava_fast.config import Config, load_config
 from ava_fast.data.batches import Batches
 from ava_fast.data.prepare import prepare
 from ava_fast.files import write_whole
 from ava_fast.observe.run import read_metrics
+from bench import machine
 from bench.chaos_worker import hashes
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +237,38 @@ def _alive(pid: int) -> bool:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def write_config(folder: Path) -> Path:
+    """A model so small that a step takes some ten milliseconds, on this project's own source."""
+    sections = {
+        "model": {"vocab_size": 512, "hidden_size": 48, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+        "moe": {"num_experts": 4, "intermediate_size": 32, "jitter": 0.0},
+        "data": {"data_dir": str(ROOT / "ava_fast"), "cache_dir": str(folder / "data"), "max_length": 64},
+        "training": {"max_steps": 60, "batch_size": 8},
+        "checkpoint": {"save_steps": 5},
+        "evaluation": {"eval_steps": 0, "max_sequences": 8, "prompt": None, "ngram_baselines": False},
+        "logging": {"output_dir": str(folder / "outputs"), "progress": False},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    options = parser.parse_args()
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tqdm(options.only, desc="scenarios"):
+            figures[name] = SCENARIOS[name](write_config(Path(folder) / name))
+            tqdm.write(f"{name}: {json.dumps(figures[name])}")
+    machine.RESULTS.mkdir(exist_ok=True)
+    results = {**machine.describe(), "scenarios": figures}
+    (machine.RESULTS / "chaos_elastic_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer
 from bench import chaos_elastic
 
-SHORT = {"training": {"max_steps": 6}, "checkpoint": {"save_steps": 2, "save_total_limit": None}}
+SHORT = {"training": {"max_steps": 6}, "checkpoint": {"save_steps": 2, "save_total_limit": None, "asynchronous": False}}
 QUIET = {"evaluation": {"eval_steps": 0, "ngram_baselines": False, "prompt": None, "max_sequences": 7}}
 
 
