@@ -107,6 +107,8 @@ def _train(
     logger.info(f"run {run_folder}")
     if past:
         _tell_restart(past)
+    elif advice := elastic.advice():
+        logger.warning(advice)
     ended: TrainingError | Interrupted | None = None
     with Watch(config.distributed, run_folder) as watch:
         watch.enter("prepare")

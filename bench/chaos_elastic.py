@@ -265,9 +265,7 @@ def main() -> None:
         for name in tqdm(options.only, desc="scenarios"):
             figures[name] = SCENARIOS[name](write_config(Path(folder) / name))
             tqdm.write(f"{name}: {json.dumps(figures[name])}")
-    machine.RESULTS.mkdir(exist_ok=True)
-    results = {**machine.describe(), "scenarios": figures}
-    (machine.RESULTS / "chaos_elastic_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    machine.write("chaos_elastic_cpu", {"scenarios": figures})
 
 
 if __name__ == "__main__":

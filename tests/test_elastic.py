@@ -4,6 +4,8 @@ disturbed, at the world size that there is, or stays ended."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +159,17 @@ def test_a_rank_that_is_stopped_is_found_and_replaced(disturbed: Path) -> None:
     for words in ("rank 1: no sign of life for 3 s", "gloo:all_reduce", "not done", "in _step"):
         assert words in record.read_text()
     assert "rank 1 hung: no sign of life for 3 s" in (run / "report.md").read_text()
+
+
+def test_nodes_that_could_not_join_are_warned_of_at_the_start(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "c.yaml", corpus, training={"max_steps": 1}, **QUIET)
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--rdzv-backend=c10d"]
+    torchrun += ["--rdzv-endpoint=localhost:0", "--rdzv-conf=last_call_timeout=1", "-m", "ava_fast.train"]
+    done = subprocess.run([*torchrun, "--config", str(config)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = (only_run(config) / "logs" / "errors.log").read_text().splitlines()
+    assert "torchrun --nnodes=1:2: a node that joins later" in line
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in line

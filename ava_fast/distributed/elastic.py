@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 from ava_fast.checkpoint import store
 from ava_fast.config import Config
+from ava_fast.distributed.rendezvous import is_shared
 from ava_fast.files import write_whole
 from ava_fast.observe.run import read_metrics, runs_folder
 
@@ -85,6 +87,21 @@ def agent() -> str | None:
         return f"{socket.gethostname()} {parent.pid} {parent.create_time() - psutil.boot_time():.1f}"
     except psutil.Error:  # it is gone, and this process is about to be
         return None
+
+
+def advice() -> str | None:
+    """What is wrong with how torchrun was started, if nodes are to come and go."""
+    try:
+        command = psutil.Process(os.getppid()).cmdline() if started_by_torchrun() else []
+    except psutil.Error:
+        return None
+    nodes = re.search(r"--nnodes[= ](\d+):(\d+)", " ".join(command))
+    if nodes is None or nodes[1] == nodes[2] or not is_shared():
+        return None
+    return (
+        f"torchrun {nodes[0]}: a node that joins later would wait for an address that nobody tells it, and end this "
+        "run after a minute; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every torchrun"
+    )
 
 
 def agents() -> list[str]:
