@@ -337,7 +337,7 @@ class DistributedConfig(Section):
 
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
     """A collective that takes longer ends the run."""
-    heartbeat_seconds: Annotated[int, Field(ge=0, le=86400)] = 30
+    heartbeat_seconds: Annotated[int, Field(ge=0, le=86400)] = 60
     """A rank whose process gives no sign of life for so long is ended. 0: never."""
     timeout_start: Annotated[int, Field(ge=1, le=10**6)] = 1800
     """Seconds that loading and the first step may take; a rank that takes longer is ended. Preparing data may take any
