@@ -8,6 +8,8 @@ from typing import Any
 from ava_fast.config import Config, Fault
 from ava_fast.data.order import LONGEST_CYCLE, cycle
 
+MAX_HEAD_DIM = 256  # ava_kernels.attention's, without the second that importing torch takes
+
 # Of sections `model` and `moe`: what changes how a model is trained, not what it is. The last three also say how an
 # evaluation with a capacity overflows, but it is `eval_capacity_factor` that makes it another function.
 TUNABLE = {"jitter", "aux_loss_weight", "z_loss_weight", "initializer_range", "capacity_factor"}
@@ -30,6 +32,8 @@ def conflicts(config: Config) -> list[Fault]:
         )
     elif config.head_dim % 2:
         refuse("model.head_dim", config.head_dim, "an even number: the rotation turns pairs")
+    elif config.head_dim > MAX_HEAD_DIM:
+        refuse("model.head_dim", config.head_dim, f"at most {MAX_HEAD_DIM}, as attention has it: more model.num_heads")
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         refuse("model.num_kv_heads", model.num_kv_heads, f"a divisor of model.num_heads ({model.num_heads})")
     if model.num_dense_layers > model.num_layers:
@@ -42,6 +46,18 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.warmup_steps", training.warmup_steps, f"at most training.max_steps ({training.max_steps})")
     if training.lr_end > training.learning_rate:
         refuse("training.lr_end", training.lr_end, f"at most training.learning_rate ({training.learning_rate})")
+    adaptive = training.adaptive_lr
+    if adaptive.max_lr is not None and adaptive.max_lr < training.learning_rate:
+        at_least = f"at least training.learning_rate ({training.learning_rate})"
+        refuse("training.adaptive_lr.max_lr", adaptive.max_lr, at_least)
+    if adaptive.min_lr is not None and adaptive.min_lr > training.learning_rate:
+        at_most = f"at most training.learning_rate ({training.learning_rate})"
+        refuse("training.adaptive_lr.min_lr", adaptive.min_lr, at_most)
+    if training.compile and config.deepspeed.zero_stage == 3:
+        refuse("training.compile", "true", "false, or deepspeed.zero_stage below 3, as 3 fetches weights on the way")
+    if config.data.document_attention and training.attention_backend == "sdpa":
+        allowed = "auto, triton or torch, or set data.document_attention to false"
+        refuse("training.attention_backend", "sdpa", allowed)
     _source_conflicts(config, refuse)
     stability = config.stability
     if stability.max_skips >= stability.window:
@@ -97,16 +113,26 @@ def _source_conflicts(config: Config, refuse: Callable[[str, object, str], None]
 
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
     """What a number of ranks does not go with."""
-    if config.training.batch_size % world_size:
-        return [
+    training, faults = config.training, []
+    if training.noise_scale_steps and world_size * training.gradient_accumulation_steps == 1:
+        faults.append(
+            Fault(
+                "training.noise_scale_steps",
+                "compares gradients of two sizes, and there is one",
+                given=str(training.noise_scale_steps),
+                allowed="0, or two ranks, or training.gradient_accumulation_steps of 2 or more",
+            )
+        )
+    if training.batch_size % world_size:
+        faults.append(
             Fault(
                 "training.batch_size",
                 f"cannot be shared out over {world_size} ranks",
                 given=str(config.training.batch_size),
                 allowed=f"a multiple of the world size ({world_size})",
             )
-        ]
-    return []
+        )
+    return faults
 
 
 def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:

@@ -10,10 +10,12 @@ Every fault is reported at once, each with its key, what was given, what is allo
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,6 +179,27 @@ class FiltersConfig(Section):
     """`module:function`, called with each text; returns why to leave it out (a language, a low quality) or None."""
 
 
+class AdaptiveLrConfig(Section):
+    """An overlay on the schedule: a factor that moves when the loss no longer falls."""
+
+    enabled: bool = False
+    """Raise the rate on a plateau with steady gradients, lower it on one with unsteady ones. Off: only emergencies."""
+    plateau_patience: Annotated[int, Field(ge=2, le=1_000_000)] = 100
+    """Healthy steps after warmup in which the mean loss must fall."""
+    min_improvement: NonNegative = 0.001
+    """Share of the best such mean by which the next must lie below it."""
+    growth_factor: Annotated[float, Field(ge=1.0, le=10.0)] = 1.15
+    """Of the rate, on a plateau with steady gradients."""
+    plateau_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """Of the rate, on a plateau with unsteady gradients."""
+    min_lr: PositiveFloat | None = None
+    """The overlay lowers the rate no further. None: a hundredth of `learning_rate`."""
+    max_lr: PositiveFloat | None = None
+    """The overlay raises the rate no further. None: twice `learning_rate`."""
+    emergency_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """An emergency cut, which follows on repeated bad steps, multiplies the rate by this, enabled or not."""
+
+
 class TrainingConfig(Section):
     """The optimisation run."""
 
@@ -188,14 +211,37 @@ class TrainingConfig(Section):
     """Forward passes per optimizer step; a step sees `batch_size · gradient_accumulation_steps` sequences."""
     learning_rate: PositiveFloat = 4e-3
     """Peak rate, reached at the end of warmup."""
-    lr_scheduler_type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after warmup; `wsd` stays constant and decays linearly over the last fifth."""
+    lr_scheduler_type: Literal[
+        "cosine", "cosine_with_restarts", "linear", "polynomial", "onecycle", "sgdr", "wsd", "constant"
+    ] = "cosine"
+    """Shape after warmup: docs/learning-rate.md shows each."""
     warmup_steps: Count | None = None
-    """Steps of linear warmup. None: `warmup_ratio` of the run."""
+    """Steps of warmup. None: `warmup_ratio` of the run."""
     warmup_ratio: Fraction = 0.03
     """Share of `max_steps` spent in warmup, unless `warmup_steps` is set."""
+    warmup_type: Literal["linear", "cosine", "polynomial", "exponential"] = "linear"
+    """Shape of the warmup; exponential begins at a hundredth of the peak. `onecycle` has a cosine of its own."""
+    warmup_power: PositiveFloat = 2.0
+    """Exponent of a polynomial warmup."""
     lr_end: NonNegative = 0.0
-    """Rate at the last step (ignored by `constant`)."""
+    """Rate at the last step, and at the end of every cycle (ignored by `constant`)."""
+    num_cycles: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Equal cycles of `cosine_with_restarts`."""
+    restart_steps: Positive = 100
+    """Length of the first cycle of `sgdr`."""
+    restart_factor: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Every cycle of `sgdr` is this many times as long as the one before."""
+    cycle_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Peak of a cycle as a share of the one before, with restarts of either kind."""
+    power: PositiveFloat = 1.0
+    """Exponent of `polynomial`."""
+    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the run in which `wsd` decays."""
+    adaptive_lr: AdaptiveLrConfig = AdaptiveLrConfig()
+    """What adapts the rate to how training goes."""
+    noise_scale_steps: Count = 0
+    """Steps between measurements of the gradient noise scale, which says what batch size pays (McCandlish et al.,
+    2018). 0: never. Needs two ranks or `gradient_accumulation_steps` of two."""
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; norms and biases have none."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -208,6 +254,12 @@ class TrainingConfig(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; with bf16 the optimizer keeps fp32 master weights."""
+    compile: bool = False
+    """Run every block through `torch.compile`: some seconds to a minute before the first step, and faster ones after.
+    On a CPU it needs a C++ compiler. Not with ZeRO-3, which fetches a block's weights in the midst of it."""
+    attention_backend: Literal["auto", "sdpa", "triton", "torch"] = "auto"
+    """What computes attention: torch's fastest after a rotation, our kernels with the rotation inside (on a GPU), or
+    plain PyTorch. `auto`: by docs/attention.md."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Of initial weights, data order and router noise."""
     init_from: str | None = None
@@ -227,8 +279,6 @@ class StabilityConfig(Section):
     max_skips: Count = 5
     """Bad steps in the window that are only skipped. One more, and the learning rate is cut; again, and the run rolls
     back or stops."""
-    emergency_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """A cut multiplies the learning rate by this."""
     recovery_steps: Positive = 100
     """Good steps over which the rate climbs back after a cut."""
     max_rollbacks: Count = 2
@@ -246,6 +296,12 @@ class MemoryConfig(Section):
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in backward."""
+    micro_batch: Positive | None = None
+    """Sequences of a rank in one forward pass, at most: its share of `training.batch_size` is taken in as many passes
+    as that needs, and the batch of a step stays what it is. None: all in one."""
+    on_out_of_memory: Literal["ladder", "stop"] = "ladder"
+    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, one after the
+    other, and the same step again; or a clean stop."""
 
 
 class CheckpointConfig(Section):
@@ -441,14 +497,14 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(str(path), [Fault("file", "must hold sections", given=_show(tree), allowed=_sections())])
+        raise ConfigError(str(path), [Fault("file", "must hold sections", given=_show(tree), allowed=_top_sections())])
     return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str, faults: list[Fault]) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    section, dot, leaf = key.partition(".")
+    section, dot, leaf = key.rpartition(".")
     if not equals or not dot or not section or not leaf:
         faults.append(Fault("--override", "is not section.key=value", given=_show(override)))
         return
@@ -460,35 +516,25 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[Fault]) ->
     except Exception as error:  # as in _read_yaml
         faults.append(Fault(key, f"the override's value is not valid YAML: {_one_line(error)}", given=_show(text)))
         return
-    if tree.get(section) is None:
-        tree[section] = {}
-    if isinstance(tree[section], dict):  # otherwise validation reports the section itself
-        tree[section] = {**tree[section], leaf: value}
+    branch = tree
+    for part in section.split("."):
+        if branch.get(part) is None:
+            branch[part] = {}
+        if not isinstance(branch[part], dict):  # validation reports the section itself
+            return
+        branch[part] = dict(branch[part])  # an alias in YAML is one mapping in two places
+        branch = branch[part]
+    branch[leaf] = value
 
 
 def _validate(tree: dict[str, Any], source: str, faults: list[Fault]) -> Config:
-    known: dict[str, Any] = {}
-    for section, body in tree.items():
-        if section not in Config.model_fields:
-            faults.append(_unknown(section, body))
-            continue
-        if body is None:  # an empty section in YAML
-            continue
-        if not isinstance(body, dict):
-            faults.append(Fault(section, "must be a section", given=_show(body), allowed=_keys_of(section)))
-            continue
-        known[section] = {}
-        for leaf, value in body.items():
-            if f"{section}.{leaf}" in _leaves():
-                known[section][leaf] = value
-            else:
-                faults.append(_unknown(f"{section}.{leaf}", value))
+    known = _known(tree, "", faults)
     try:
         config = Config.model_validate(known)
     except ValidationError as error:
         seen = set()
         for detail in error.errors(include_url=False, include_context=False):
-            key = ".".join(str(part) for part in detail["loc"][:2])
+            key = _leaf_of(detail["loc"])
             if key not in seen:  # a union reports one error per member
                 seen.add(key)
                 faults.append(
@@ -503,34 +549,69 @@ def _validate(tree: dict[str, Any], source: str, faults: list[Fault]) -> Config:
     return config
 
 
+def _known(body: dict[str, Any], prefix: str, faults: list[Fault]) -> dict[str, Any]:
+    """What of `body` is in sections and keys that exist; the rest becomes faults."""
+    known: dict[str, Any] = {}
+    for name, value in body.items():
+        key = f"{prefix}{name}"
+        if key in _leaves():
+            known[name] = value
+        elif key not in _sections():
+            faults.append(_unknown(key, value))
+        elif isinstance(value, dict):
+            known[name] = _known(value, f"{key}.", faults)
+        elif value is not None:  # an empty section in YAML
+            faults.append(Fault(key, "must be a section", given=_show(value), allowed=_keys_of(key)))
+    return known
+
+
+def _leaf_of(location: tuple[int | str, ...]) -> str:
+    """The key that pydantic's path leads to or through."""
+    paths = (".".join(map(str, location[:length])) for length in range(1, len(location) + 1))
+    return next(path for path in paths if path in _leaves())
+
+
 def _lookup(tree: dict[str, Any], key: str) -> Any:
-    section, leaf = key.split(".")
-    return tree[section][leaf]
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
 
 
 def _unknown(key: str, value: Any) -> Fault:
-    candidates = [*_leaves(), *Config.model_fields]
+    candidates = [*_leaves(), *_sections()]
     close = difflib.get_close_matches(key[:200], candidates, n=1, cutoff=0.0)
     leaf = key.rpartition(".")[2]  # a key in the wrong section is closer than one spelt like it
     same_name = [candidate for candidate in _leaves() if candidate.endswith(f".{leaf}")]
     return Fault(_show(key)[1:-1], "is not a setting", given=_show(value), closest=(same_name or close)[0])
 
 
-def _sections() -> str:
+def _top_sections() -> str:
     return "sections " + ", ".join(Config.model_fields)
 
 
 def _keys_of(section: str) -> str:
-    return "keys " + ", ".join(key.partition(".")[2] for key in _leaves() if key.startswith(f"{section}."))
+    return "keys " + ", ".join(key.removeprefix(f"{section}.") for key in _leaves() if key.startswith(f"{section}."))
 
 
+@functools.cache
 def _leaves() -> dict[str, Any]:
-    """`section.key` → its pydantic FieldInfo."""
-    return {
-        f"{section}.{leaf}": info
-        for section, body in Config.model_fields.items()
-        for leaf, info in typing.cast(type[Section], body.annotation).model_fields.items()
-    }
+    """`section.key` → its pydantic FieldInfo; a section may hold another."""
+    return dict(_walk(Config, ""))
+
+
+@functools.cache
+def _sections() -> tuple[str, ...]:
+    """Every section: `training`, `training.adaptive_lr`."""
+    found = (".".join(key.split(".")[:depth]) for key in _leaves() for depth in range(1, key.count(".") + 1))
+    return tuple(dict.fromkeys(found))
+
+
+def _walk(cls: type[Section] | type[Config], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, info in cls.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _walk(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
 
 
 def describe(info: Any) -> str:
@@ -602,15 +683,16 @@ def reference() -> str:
             "| key | default | allowed | meaning |",
             "|---|---|---|---|",
         ]
-        for leaf, info in cls.model_fields.items():
-            default = (
-                "null"
-                if info.default is None
-                else str(info.default).lower()
-                if isinstance(info.default, bool)
-                else info.default
+        for key, info in _leaves().items():
+            if not key.startswith(f"{section}."):
+                continue
+            default = str(info.default).lower() if isinstance(info.default, bool) else info.default
+            cells = (
+                f"`{key}`",
+                f"`{'null' if default is None else default}`",
+                describe(info),
+                " ".join(str(info.description).split()),
             )
-            cells = (f"`{section}.{leaf}`", f"`{default}`", describe(info), " ".join(str(info.description).split()))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_shard
 from ava_fast.config import Config
 from ava_fast.errors import UserError
+from ava_fast.parts import part
 
 
 def init_distributed(config: Config) -> None:
@@ -153,7 +154,8 @@ class Engine:
         """
         self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
             if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
                 decide(self._norm)
         finally:
@@ -223,6 +225,22 @@ class Engine:
         ]
         try:
             yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def squared_gradients(self) -> Iterator[list[Tensor]]:
+        """Collects, while `backward` runs, the squared norm of every parameter's gradient on this rank, before any
+        reduction: 0-d, float32. One more pass over the gradient."""
+        squares: list[Tensor] = []
+
+        def look(gradient: Tensor) -> None:
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+
+        hooks = [parameter.register_hook(look) for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            yield squares
         finally:
             for hook in hooks:
                 hook.remove()
@@ -317,9 +335,13 @@ class Engine:
             weights[name] = _fp32_on_cpu(full) if self.rank == 0 else torch.empty(0)
         return weights if self.rank == 0 else None
 
-    def close(self) -> None:
-        """Ends DeepSpeed's hooks and the process group. The engine is of no use afterwards."""
+    def release(self) -> None:
+        """Ends DeepSpeed's hooks. The engine is of no use afterwards; another may take its place."""
         self._engine.destroy()
+
+    def close(self) -> None:
+        """`release`, and the end of the process group."""
+        self.release()
         close_distributed()
 
     def _adamw(self) -> torch.optim.AdamW:

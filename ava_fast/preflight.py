@@ -23,9 +23,9 @@ from ava_fast.data.tokenizer import load_tokenizer, vocabulary_size
 from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.run import runs_folder
+from ava_fast.stability.plan import GIB, state_bytes
 
 NEEDED = {"torch": "2.11", "deepspeed": "0.19.8", "tokenizers": "0.22", "pydantic": "2.10"}
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def _numbers(text: str) -> list[int]:
 
 def _device(config: Config) -> str:
     if not torch.cuda.is_available():
+        if config.training.attention_backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError("training.attention_backend: triton needs a GPU, and there is none; set auto")
+        compiler = os.environ.get("CXX", "g++")
+        if config.training.compile and not (shutil.which(compiler) or shutil.which("clang++")):
+            raise UserError(f"training.compile: needs a C++ compiler on a CPU, and there is no {compiler}; set false")
         return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank"
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     if config.training.precision == "bf16" and not torch.cuda.is_bf16_supported():
@@ -113,17 +118,6 @@ def _memory(config: Config, world_size: int) -> str:
             f"are {where}; raise deepspeed.zero_stage, add ranks or choose a smaller model"
         )
     return f"{parameters:,} parameters, {needed / GIB:.2f} GiB a rank without activations, {free / GIB:.1f} GiB {where}"
-
-
-def state_bytes(parameters: int, config: Config, world_size: int) -> int:
-    """Bytes on one rank of weights, fp32 gradients, fp32 masters and AdamW's moments."""
-    stage = config.deepspeed.zero_stage
-    bf16 = config.training.precision == "bf16"
-    weights = (2 if bf16 else 4) * parameters // (world_size if stage == 3 else 1)
-    gradients = 4 * parameters // (world_size if stage >= 2 else 1)
-    masters = 4 * parameters if bf16 or stage > 0 else 0  # ZeRO keeps a flat fp32 copy in either precision
-    optimizer = (masters + 8 * parameters) // (world_size if stage >= 1 else 1)
-    return weights + gradients + optimizer
 
 
 def _output(config: Config) -> str:

@@ -76,8 +76,8 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
     run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
     start_logging(run_folder if _rank() == 0 else None)
     logger.info(f"run {run_folder}")
-    shards = _on_rank_0(lambda: _prepare(config))
-    weights = None if checkpoints else _initial_weights(config)
+    shards = prepare_data(config)
+    weights = None if checkpoints else initial_weights(config)
     trainer = Trainer(config, run_folder, shards, weights)
     if checkpoints:
         checkpoint = trainer.load(*checkpoints, optimizer=not options.reset_optimizer)
@@ -156,6 +156,11 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
     return finished_lines(run, config) if run else None
 
 
+def prepare_data(config: Config) -> list[Source]:
+    """Prepares what is not yet, on rank 0. Collective; raises UserError on every rank."""
+    return _on_rank_0(lambda: _prepare(config))
+
+
 def _prepare(config: Config) -> list[Source]:
     data, prepared = config.data, []
     tokenizer = data.tokenizer_name
@@ -178,7 +183,8 @@ def _prepare(config: Config) -> list[Source]:
     return prepared
 
 
-def _initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+def initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
+    """Of `training.init_from`, if it is set. Raises UserError if they are another model's."""
     if config.training.init_from is None:
         return None
     weights, sections = read_model(Path(config.training.init_from))

@@ -7,8 +7,9 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +20,9 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.generators import generator_states, restore_generators, seed_generators
 from ava_fast.checkpoint.keeper import Keeper
+from ava_fast.compatibility import conflicts
 from ava_fast.config import Config
-from ava_fast.data.batches import Batch, Shards, sources_of
+from ava_fast.data.batches import Batch, Shards, cut, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
@@ -31,9 +33,13 @@ from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.parts import part
+from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
-from ava_fast.stability import surgery
+from ava_fast.schedule.noise_scale import NoiseScale
+from ava_fast.stability import room, surgery
 from ava_fast.stability.failures import (
+    MADE_ROOM,
     PAUSES,
     RETRIED,
     attempt,
@@ -59,9 +65,12 @@ class Trainer:
     def __init__(
         self, config: Config, run_folder: Path, shards: Shards, weights: dict[str, torch.Tensor] | None = None
     ):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rows = config.training.batch_size // world_size
+        config = room.kept(run_folder, config, rows)
         self.config, self.shards = config, sources_of(shards)[0].folder
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._room = room.Room.of(config, rows)
         training = config.training
         self.loader = TokenLoader(
             shards,
@@ -81,15 +90,22 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         if weights is not None:
             model.load_state_dict(weights)
-        self.engine = Engine(model, config)
-        self.keeper = Keeper(self.checkpoints, self.engine, config, self.shards / "tokenizer.json")
+        self._build(model)
         seed_generators(training.seed + 1 + rank)  # different noise on each
-        self.judge = Judge(config.stability)
+        self.judge = Judge(config.stability, training.adaptive_lr.emergency_factor)
+        self.adaptive = AdaptiveRate(training)
+        self.rate: Callable[[int], float] = self.adaptive.rate
+        """The learning rate of a step, counted from 0, before the judge's factor."""
+        self.noise_scale: NoiseScale | None = None
+        if training.noise_scale_steps:
+            per_step = training.batch_size * training.gradient_accumulation_steps
+            self.noise_scale = NoiseScale(training.batch_size / world_size, per_step)
         self.step = 0
         """Optimizer steps taken; a skipped batch is none."""
         self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
         self.evaluated_at = -1
-        self.heldout = math.nan
+        self.heldout = self.loss = math.nan
+        """The losses last seen: held-out, and of a step's micro-batches on all ranks; nats per token."""
         self._stop_signal = 0
         # Of this rank, in the step under way: what went wrong, in words, and the position of its batch.
         self._failures: list[tuple[Trouble, str, int]] = []
@@ -107,6 +123,10 @@ class Trainer:
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
         self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
+
+    def _build(self, model: Transformer) -> None:
+        self.engine = Engine(model, self.config)
+        self.keeper = Keeper(self.checkpoints, self.engine, self.config, self.shards / "tokenizer.json")
 
     def run(self) -> None:
         """Trains from the current step to `max_steps`, evaluates and saves at the end.
@@ -146,23 +166,38 @@ class Trainer:
         self.keeper.settle()
         self._note_saves()
 
+    def advance(self) -> tuple[Ruling, float]:
+        """One step of a loop that is not `run` → the ruling, and the loss as a mean over ranks. Collective."""
+        ruling, _ = self._step()
+        while not ruling.apply and ruling.trouble is None:  # the same step again, in less memory
+            ruling, _ = self._step()
+        return ruling, self.loss
+
     def _step(self) -> tuple[Ruling, int]:
-        """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
+        """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0).
+
+        Where the step did not fit into memory and there is a way that takes less, none is taken, and the loader and the
+        generators are back where they were: the next call takes the same step.
+        """
         training, engine = self.config.training, self.engine
-        started_at, noise = time.perf_counter(), generator_states()
+        started_at, noise, start = time.perf_counter(), generator_states(), self.loader.position
         batches, positions, seen = [], [], []
         self._failures, self._lost_step, self._gradients = [], False, []
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            batches.append(self._read())
+            with part("data"):
+                batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
             seen.append(self._compute(batches[-1]))
         totals = self._over_ranks(torch.stack(seen).sum(0))
         self._stretch = None
-        (loss, balance_loss, z_loss), routing, requested_LE, failures, interrupted = totals
-        lr, ruling = learning_rate(self.step, training), Ruling(Verdict.SKIP, False, 1.0)
+        (loss, balance_loss, z_loss, square), routing, requested_LE, failures, interrupted = totals
+        if self._makes_room(failures, start, noise):
+            return Ruling(Verdict.SKIP, False, 1.0), interrupted
+        self.loss = loss
+        lr, ruling = self.rate(self.step), Ruling(Verdict.SKIP, False, 1.0)
 
         def decide(grad_norm: float) -> float | None:
             nonlocal lr, ruling
@@ -184,6 +219,7 @@ class Trainer:
             culprits = self._culprits(ruling, batches, positions, own_losses, noise)
             self._tell(ruling, loss, result, culprits)
             self._dump(batches, noise)
+            self.adaptive.disturbed()
         elif self.judge.calm:
             self._trouble_from = None
         if not ruling.apply:
@@ -191,6 +227,12 @@ class Trainer:
             return ruling, interrupted
         self._targets = targets
         update_expert_biases(engine.model, requested_LE)
+        scheduled, change = learning_rate(self.step, training), None
+        if ruling.trouble is None:
+            change = self.adaptive.observe(self.step, loss, result.grad_norm)
+            if self._measures_noise():
+                assert self.noise_scale is not None
+                self.noise_scale.update(square, result.grad_norm**2, parts=len(self._parts(batches[0])))
         self.step += 1
         seconds = time.perf_counter() - started_at
         tokens_per_step = sequences * self.config.data.max_length
@@ -205,6 +247,8 @@ class Trainer:
                 **({"routing": routing} if len(requested_LE) else {}),
                 "verdict": ruling.verdict.value,
                 "learning_rate": lr,
+                **({"scheduled_rate": scheduled} if training.adaptive_lr.enabled else {}),
+                **({"noise_scale": self.noise_scale.sequences} if self.noise_scale else {}),
                 "grad_norm": result.grad_norm,
                 "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
                 "seconds": seconds,
@@ -213,7 +257,16 @@ class Trainer:
                 "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
             }
         )
+        if change is not None:
+            if self._metrics:
+                self._metrics.write(
+                    {"kind": "rate", "step": self.step, "factor": change.factor, "reason": change.reason}
+                )
+            logger.info(f"step {self.step} | {change.reason}")
         return ruling, interrupted
+
+    def _measures_noise(self) -> bool:
+        return self.noise_scale is not None and self.step % self.config.training.noise_scale_steps == 0
 
     def _read(self) -> Batch:
         """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
@@ -242,28 +295,96 @@ class Trainer:
         raised, and ends the run on every rank. Once it is known that the step is lost, nothing is computed.
         """
         engine, (L, E) = self.engine, self._routed
-        figures = torch.zeros(3 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
-        if self._lost_step:
-            return figures
-        try:
-            output = self._forward(batch)
-            if engine.collectives == "step":
-                self._backward(output)
-                if self.config.stability.gradient_surgery != "none":
-                    self._gradients.append(engine.take_gradient())
-        except Exception as error:
-            if engine.collectives == "forward":
-                raise
-            logger.debug("an exception in the model", exc_info=True)
-            self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
-            self._lost_step = True
-        if engine.collectives == "backward":
-            self._lost_step = not engine.all_agree(not self._lost_step)
-        if self._lost_step:
-            return figures
-        if engine.collectives != "step":
-            self._backward(output)
-        return _figures(output)
+        figures = torch.zeros(4 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
+        for part, share in self._parts(batch):
+            if self._lost_step:
+                return figures
+            try:
+                output = self._forward(part)
+                if engine.collectives == "step":
+                    square = self._backward(output, share)
+            except Exception as error:
+                if engine.collectives == "forward":
+                    raise
+                logger.debug("an exception in the model", exc_info=True)
+                self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
+                self._lost_step = True
+            if engine.collectives == "backward":
+                self._lost_step = not engine.all_agree(not self._lost_step)
+            if self._lost_step:
+                return figures
+            if engine.collectives != "step":
+                square = self._backward(output, share)
+            figures += _figures(output, square, share)
+        if self.config.stability.gradient_surgery != "none":
+            self._gradients.append(engine.take_gradient())
+        return figures
+
+    def _parts(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """A micro-batch in pieces of at most `memory.micro_batch` sequences, each with its share of it."""
+        rows, most = len(batch[0]), self._room.micro_batch
+        if rows <= most:
+            return [(batch, 1.0)]
+        return [(cut(batch, at, min(at + most, rows)), min(most, rows - at) / rows) for at in range(0, rows, most)]
+
+    def _makes_room(self, failures: dict[Trouble, int], start: int, noise: dict[str, Any]) -> bool:
+        """Whether the step is to be taken again in another way: as it did not fit, or to see how large a micro-batch
+        does. Collective."""
+        now, memory = self._room, self.config.memory
+        if Trouble.MEMORY in failures and memory.on_out_of_memory == "ladder":
+            then = self._next_rung()
+            why = f"{Trouble.MEMORY.value} on {failures[Trouble.MEMORY]} rank(s) with {now}"
+        elif now.searching and not failures:
+            then, why = now.passed(), f"{now} are enough"
+        else:
+            return False
+        if then is None:
+            return False
+        if not failures and then.micro_batch == now.micro_batch:  # found, and this very step has passed with it
+            self._take(then, f"{why}, and stay")
+            return False
+        self.engine.discard()
+        self.loader.position = start
+        if then.zero_stage != now.zero_stage:
+            restore_generators(noise)
+            self._rebuild(then)
+        self._take(then, f"{why}; the same step again with {then}")
+        restore_generators(noise)
+        return True
+
+    def _next_rung(self) -> room.Room | None:
+        may_shard = not conflicts(room.with_room(self.config, replace(self._room, zero_stage=2)))
+        return self._room.more(self.engine.world_size, may_shard=may_shard)
+
+    def _take(self, then: room.Room, said: str) -> None:
+        """From now on steps are taken so."""
+        self._room, self.config = then, room.with_room(self.config, then)
+        model = self.engine.model
+        assert isinstance(model, Transformer)
+        model.recompute = then.recompute
+        self.judge.counts[MADE_ROOM] += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._keep(then)
+        if self._metrics:
+            self._metrics.write({"kind": "memory", "step": self.step, "reason": said, **asdict(then)})
+        logger.warning(f"after step {self.step}: {said}")
+
+    def _keep(self, then: room.Room) -> None:
+        if self.engine.rank == 0 and (error := attempt(lambda: room.keep(self.run_folder, then))):
+            logger.warning(f"{self.run_folder / room.FILE}: could not be written ({error})")
+
+    def _rebuild(self, then: room.Room) -> None:
+        """The same run, as it stands, in another ZeRO stage: through a checkpoint."""
+        self.save(wait=True)
+        self._note_saves()
+        self.keeper.settle()
+        checkpoint = self.checkpoints / f"step_{self.step}"
+        self.engine.release()
+        self.config = room.with_room(self.config, then)
+        del self.engine, self.keeper  # there is no room for two
+        self._build(Transformer(self.config))
+        self.load(checkpoint)
 
     def _operate(self) -> surgery.Matrix:
         """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
@@ -289,8 +410,17 @@ class Trainer:
         output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
         return output
 
-    def _backward(self, output: Output) -> None:
-        self.engine.backward(output.objective / self.config.training.gradient_accumulation_steps)
+    def _backward(self, output: Output, share: float) -> torch.Tensor:
+        """Adds the gradient of a part that is `share` of its micro-batch → the squared norm of the part's own on this
+        rank, 0-d; 0 where it is not asked for."""
+        N = self.config.training.gradient_accumulation_steps
+        objective = output.objective * share / N
+        if not self._measures_noise():
+            self.engine.backward(objective)
+            return torch.zeros((), device=self.engine.device)
+        with self.engine.squared_gradients() as squares:
+            self.engine.backward(objective)
+        return torch.stack(squares).sum() * (N / share) ** 2
 
     def _culprits(
         self,
@@ -309,8 +439,8 @@ class Trainer:
         if ruling.trouble is Trouble.GRADIENT:
             restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
-                for batch in batches:
-                    self._backward(self._forward(batch))
+                for part, share in (each for batch in batches for each in self._parts(batch)):
+                    self._backward(self._forward(part), share)
             self.engine.step(lambda _: None)
         bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
         bad += [position for _, _, position in self._failures]
@@ -406,6 +536,10 @@ class Trainer:
                 "trouble_from": self._trouble_from,
                 "targets": self._targets,
             },
+            "schedule": {
+                "adaptive": self.adaptive.state_dict(),
+                "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
+            },
             "heldout_loss": _number(self.heldout),
             "probe": self._probe(),
             "heldout_step": self.evaluated_at,
@@ -427,6 +561,10 @@ class Trainer:
         checkpoint, state = self.keeper.load(checkpoints, optimizer=optimizer)
         self.loader.load_state_dict(state["data"])
         self.loader.avoid += [each for each in store.avoided(self.checkpoints) if each not in self.loader.avoid]
+        if schedule := state.get("schedule"):
+            self.adaptive.load_state_dict(schedule["adaptive"])
+            if self.noise_scale and schedule["noise_scale"]:
+                self.noise_scale.load_state_dict(schedule["noise_scale"])
         stability = state["stability"]
         self.judge.load_state_dict(stability["judge"])
         self._trouble_from = stability["trouble_from"]
@@ -441,9 +579,9 @@ class Trainer:
     def _over_ranks(
         self, figures: torch.Tensor
     ) -> tuple[list[float], dict[str, list[float]], torch.Tensor, dict[Trouble, int], int]:
-        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses and routing figures, means
-        over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what failed, and the signal
-        that asks to stop (or 0).
+        """`_figures` summed over a step's micro-batches, L MoE blocks and E experts → losses, squared gradient norm and
+        routing figures, means over micro-batches and ranks, the requests (L, E) of all of them, on how many ranks what
+        failed, and the signal that asks to stop (or 0).
 
         One all-reduce, and one wait for the device.
         """
@@ -452,8 +590,9 @@ class Trainer:
         health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
         health += [trouble in own for trouble in FAILURES]
         shared = torch.cat((figures, figures.new_tensor(health)))
-        dist.all_reduce(shared)
-        sums, requested, health_H = shared.split((3 + 4 * L, L * E, len(health)))
+        with part("communication"):
+            dist.all_reduce(shared)
+        sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
@@ -465,11 +604,11 @@ class Trainer:
         self._note_saves()
         names = ("balance_loss", "entropy", "rerouted", "dropped", "utilisation")
         failures = {trouble: int(ranks) for trouble, ranks in zip(FAILURES, failed, strict=True) if ranks}
-        by_block = (means[3 + i * L : 3 + (i + 1) * L] for i in range(len(names)))
+        by_block = (means[4 + i * L : 4 + (i + 1) * L] for i in range(len(names)))
         routing = {name: [round(value, 6) for value in values] for name, values in zip(names, by_block, strict=True)}
         # Any rank's signal stops all of them after the same step.
         interrupted = signal_number or (signal.SIGTERM if signals else 0)
-        return means[:3], routing, requested_LE, failures, interrupted
+        return means[:4], routing, requested_LE, failures, interrupted
 
     def _note_saves(self) -> None:
         """Those that have been finished since the last call."""
@@ -524,7 +663,14 @@ class Trainer:
         assert note is not None
         if note.at_fault and stretch is not None and self.engine.rank == 0:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
-        advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
+        advice = "Go on with"
+        if "out of memory" in note.reason.lower():
+            then = self._next_rung() if self.config.memory.on_out_of_memory == "ladder" else None
+            if then is None:
+                advice = f"{more_room(self.config)}, then"
+            else:
+                self._keep(then)
+                advice = f"It goes on with {then}, by"
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
@@ -577,10 +723,11 @@ class Trainer:
                 signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
-def _figures(output: Output) -> torch.Tensor:
-    """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
-    losses_3 = torch.stack((output.loss, output.balance_loss, output.z_loss))
-    return torch.cat((losses_3, output.routing.flatten(), output.requested.flatten().double()))
+def _figures(output: Output, square: torch.Tensor, share: float) -> torch.Tensor:
+    """What is added up over parts, micro-batches and ranks, in one float64 vector: counts stay whole."""
+    losses_4 = torch.stack((output.loss, output.balance_loss, output.z_loss, square))
+    means = torch.cat((losses_4, output.routing.flatten())).double() * share
+    return torch.cat((means, output.requested.flatten().double()))
 
 
 def _number(value: float) -> float | None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from corpus import write_config, write_corpus
 from distributed import run_on_ranks
+from torch._dynamo.utils import counters as dynamo_counters
 
 from ava_fast.config import Config, ConfigError, load_config
 from ava_fast.data.prepare import prepare
@@ -31,6 +33,17 @@ FEATURES = {
     "bf16": [BF16],
     "activation checkpointing": ["memory.activation_checkpointing=true"],
     "activation checkpointing, bf16": ["memory.activation_checkpointing=true", BF16],
+    "torch.compile": ["training.compile=true"],
+    "torch.compile, bf16": ["training.compile=true", BF16],
+    "torch.compile, activation checkpointing": ["training.compile=true", "memory.activation_checkpointing=true"],
+    "torch.compile, PCGrad": ["training.compile=true", "stability.gradient_surgery=pcgrad"],
+    "torch.compile, documents apart": ["training.compile=true", "data.document_attention=true"],
+    "attention by torch's fastest": ["training.attention_backend=sdpa"],
+    "attention by torch's fastest, bf16": ["training.attention_backend=sdpa", BF16],
+    "attention by its definition": ["training.attention_backend=torch"],
+    "attention by its definition, bf16": ["training.attention_backend=torch", BF16],
+    "documents apart": ["data.document_attention=true"],
+    "documents apart, bf16": ["data.document_attention=true", BF16],
     "tied embeddings": ["model.tie_embeddings=true"],
     "tied embeddings, bf16": ["model.tie_embeddings=true", BF16],
     "experts with a capacity, next-best rerouting": ["moe.capacity_factor=0.8"],
@@ -45,6 +58,7 @@ FEATURES = {
 # What goes with no ZeRO stage.
 REFUSED = [
     ["deepspeed.zero_stage=0", "stability.gradient_surgery=pcgrad", "training.gradient_accumulation_steps=1"],
+    ["training.attention_backend=sdpa", "data.document_attention=true"],
     ["model.hidden_size=30", "model.num_heads=4"],
     ["model.num_heads=4", "model.num_kv_heads=3"],
     ["model.num_layers=2", "model.num_dense_layers=3"],
@@ -129,7 +143,9 @@ def page() -> str:
         "",
         "## Not in these tables",
         "",
-        "There is no setting yet for `torch.compile`, an attention backend, offloading or expert parallelism.",
+        "There is no setting yet for offloading or expert parallelism. Attention by our kernels (`triton`) needs a",
+        "GPU: where there is none, the preflight refuses it. On a CPU, `torch.compile` breaks its graph where",
+        "documents are attended to apart, as their ends are read on the host.",
         "What an exception on one rank leads to depends on the ZeRO stage:",
         "[When training misbehaves](when-training-misbehaves.md).",
     ]
@@ -152,7 +168,10 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, Any]:
         for stage in STAGES:
             if cell(feature, stage)[0] == "works":
                 config = settings(file, [*overrides, f"deepspeed.zero_stage={stage}"])
+                torch._dynamo.reset()  # it forgets no model by itself, and after eight compiles no more
+                graphs = dynamo_counters["stats"]["unique_graphs"]
                 seen[feature, stage] = losses(config, shards, root / f"{feature}{stage}")
+                assert (dynamo_counters["stats"]["unique_graphs"] > graphs) == config.training.compile
     losses(settings(file, SAVED), shards, root / "saved")
     for what, overrides in {**RESUMED, "another model": OTHER_MODEL}.items():
         for optimizer in (True, False):

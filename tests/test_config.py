@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ava_kernels.attention import op
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ava_fast.compatibility import model_differences
+from ava_fast.compatibility import MAX_HEAD_DIM, model_differences
 from ava_fast.config import Config, ConfigError, dump_config, load_config, reference
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,23 @@ def test_overrides_are_typed_and_the_last_one_wins() -> None:
     assert config.training.max_steps == 8
     assert load_config(None, ["model.head_dim=null"]).model.head_dim is None
     assert load_config(None, ["data.data_dir=/a=b"]).data.data_dir == "/a=b"
+
+
+def test_sections_hold_sections(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training: {adaptive_lr: {plateau_patience: 7}}")
+    config = load_config(tmp_path / "c.yaml", ["training.adaptive_lr.enabled=true"])
+    assert (config.training.adaptive_lr.plateau_patience, config.training.adaptive_lr.enabled) == (7, True)
+    assert not load_config(None).training.adaptive_lr.enabled
+    faults = refused("training: {adaptive_lr: {enable: true, min_lr: -1}}", "training.adaptive_lr=3", tmp_path=tmp_path)
+    assert [fault.split(":")[0] for fault in faults] == [
+        "training.adaptive_lr",
+        "training.adaptive_lr.enable",
+        "training.adaptive_lr.min_lr",
+    ]
+    assert "closest valid key: training.adaptive_lr.enabled" in faults[1]
+    (fault,) = refused("training: {adaptive_lr: 3}", tmp_path=tmp_path)
+    assert "training.adaptive_lr: must be a section; given: 3; allowed: keys enabled, plateau_patience" in fault
+    assert load_config(None, ["training.adaptive_lr.min_lr=null"]).training.adaptive_lr.min_lr is None
 
 
 def test_exponents_without_a_point_are_numbers_in_files_too(tmp_path: Path) -> None:
@@ -79,7 +97,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         ("training.learning_rate=.nan", "number > 0"),
         ("training.learning_rate=.inf", "number > 0"),
         ("training.learning_rate=-1", "number > 0"),
-        ("training.lr_scheduler_type=cosin", "one of cosine, linear, wsd, constant"),
+        ("training.lr_scheduler_type=cosin", "one of cosine, cosine_with_restarts, linear,"),
         ("deepspeed.zero_stage=4", "one of 0, 1, 2, 3"),
         ("model.qk_norm=1", "true or false"),
         ("model.head_dim=a", "integer ≥ 1 or null"),
@@ -113,6 +131,7 @@ def test_values_are_strict(override: str, allowed: str | None) -> None:
     [
         (["model.num_heads=5"], "model.num_heads"),
         (["model.head_dim=3"], "model.head_dim"),
+        (["model.head_dim=258"], "model.head_dim"),
         (["model.num_kv_heads=3"], "model.num_kv_heads"),
         (["model.num_dense_layers=4"], "model.num_dense_layers"),
         (["moe.top_k=9"], "moe.top_k"),
@@ -145,6 +164,10 @@ def test_impossible_combinations_are_refused(overrides: list[str], key: str) -> 
 )
 def test_possible_combinations_are_accepted(overrides: list[str]) -> None:
     load_config(None, overrides)
+
+
+def test_the_widest_head_is_attentions() -> None:
+    assert MAX_HEAD_DIM == op.MAX_HEAD_DIM
 
 
 def test_a_model_is_told_apart_by_what_it_computes_not_by_how_it_is_trained() -> None:

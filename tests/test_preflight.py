@@ -39,7 +39,7 @@ def test_a_table_of_every_check_and_nothing_left_behind(config: Path, capsys: py
         ("data.data_dir=/nowhere", "data", "/nowhere"),
         ("data.tokenizer_name=/nowhere.json", "tokenizer", "/nowhere.json"),
         ("logging.output_dir=/dev/null/x", "output", "logging.output_dir: /dev/null/x/runs cannot be written"),
-        ("model.hidden_size=1048576", "memory", "raise deepspeed.zero_stage"),
+        ("moe.intermediate_size=16777216", "memory", "raise deepspeed.zero_stage"),
         ("model.vocab_size=99999999999", "disk", "lower checkpoint.save_total_limit"),
     ],
 )
@@ -53,6 +53,17 @@ def test_each_fault_is_found(
 
 def test_a_world_size_that_does_not_divide_the_batch(config: Path) -> None:
     assert "training.batch_size" in failing(load_config(config), world_size=3)["configuration"]
+
+
+def test_what_needs_a_gpu_or_a_compiler_is_refused_without(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    asked = load_config(config, ["training.attention_backend=triton"])
+    assert "training.attention_backend" in failing(asked)["device"]
+    assert "no-such-compiler" in failing(load_config(config, ["training.compile=true"]))["device"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not failing(asked)
 
 
 def test_an_old_package_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

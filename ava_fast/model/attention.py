@@ -18,6 +18,8 @@ class Attention(nn.Module):
         super().__init__()
         model = config.model
         self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, config.num_kv_heads, config.head_dim
+        chosen = config.training.attention_backend
+        self.backend = None if chosen == "auto" else chosen
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(model.hidden_size, rows, bias=model.attention_bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
@@ -42,14 +44,14 @@ class Attention(nn.Module):
         if cu_seqlens is not None:
             q_THD, k_THD, v_THD = (t.flatten(0, 1) for t in (q, k, v))
             attended_BSHD = rope_attention(
-                q_THD, k_THD, v_THD, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=x_BSM.shape[1]
+                q_THD, k_THD, v_THD, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=x_BSM.shape[1], backend=self.backend
             ).view_as(q)
             present = (k, v)
         elif past is None:
-            attended_BSHD = rope_attention(q, k, v, cos, sin)
+            attended_BSHD = rope_attention(q, k, v, cos, sin, backend=self.backend)
             present = (k, v)
         else:
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
             present = (torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1))
-            attended_BSHD = rope_attention(q, *present)
+            attended_BSHD = rope_attention(q, *present, backend=self.backend)
         return self.out(attended_BSHD.flatten(2)), present

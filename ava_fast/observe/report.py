@@ -18,7 +18,7 @@ def write_report(folder: Path, config: Config, summary: dict[str, Any]) -> Path:
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if steps:
-        _plot(folder / "loss.png", steps, evaluations, summary)
+        _plot(folder / "loss.png", steps, evaluations, _rate_events(records), summary)
     routed = [step for step in steps if "routing" in step]
     if routed:
         _plot_routing(folder / "routing.png", routed, config.model.num_dense_layers)
@@ -87,6 +87,8 @@ def _rows(
             ("tokens per second, median step", f"{tokens / seconds[len(seconds) // 2]:,.0f}"),
             ("time in steps", duration(sum(seconds))),
         ]
+        if noise := [step["noise_scale"] for step in steps if step.get("noise_scale")]:
+            rows.append(("gradient noise scale", f"{noise[-1]:,.0f} sequences a step; batches up to about that pay"))
     if evaluations:
         rows.append(("held-out loss", f"{evaluations[-1]['loss']:.4f} nats per token"))
     for name in ("unigram", "bigram"):
@@ -108,7 +110,25 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.2f}" if loss < 50 else "over e⁵⁰"
 
 
-def _plot(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+def _rate_events(records: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """The steps after which the learning rate left its schedule, and how."""
+    events = [
+        (record["step"], "CUT") for record in records if record["kind"] == "verdict" and record["verdict"] == "CUT"
+    ]
+    changes = [record for record in records if record["kind"] == "rate"]
+    factors = [1.0, *(record["factor"] for record in changes)]
+    for before, change in zip(factors, changes, strict=False):
+        events.append((change["step"], "raised" if change["factor"] > before else "lowered"))
+    return events
+
+
+def _plot(
+    path: Path,
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    rate_events: list[tuple[int, str]],
+    summary: dict[str, Any],
+) -> None:
     import matplotlib  # takes a second to import: not before the first step
 
     matplotlib.use("Agg")
@@ -120,7 +140,7 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, A
     x = [step["step"] for step in steps]
     losses = [step["loss"] for step in steps]
     loss.plot(x, losses, color="#9ec5e8", linewidth=0.8, label="training, each step")
-    loss.plot(x, _smooth(losses), color="#1f5f99", linewidth=1.6, label="training, smoothed")
+    loss.plot(x, smooth(losses), color="#1f5f99", linewidth=1.6, label="training, smoothed")
     if evaluations:
         loss.plot(
             [e["step"] for e in evaluations], [e["loss"] for e in evaluations], "o-", color="#c8553d", label="held out"
@@ -130,7 +150,17 @@ def _plot(path: Path, steps: list[dict[str, Any]], evaluations: list[dict[str, A
             loss.axhline(summary[name], color="#666666", linestyle=style, linewidth=1.0, label=f"{name} baseline")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
-    rate.plot(x, [step["learning_rate"] for step in steps], color="#1f5f99")
+    if any("scheduled_rate" in step for step in steps):
+        scheduled = [step.get("scheduled_rate", step["learning_rate"]) for step in steps]
+        rate.plot(x, scheduled, color="#999999", linewidth=1.2, label="schedule")
+    rate.plot(x, [step["learning_rate"] for step in steps], color="#1f5f99", label="used" if rate.lines else None)
+    taken = {step["step"]: step["learning_rate"] for step in steps}
+    for kind, marker in (("raised", "^"), ("lowered", "v"), ("CUT", "x")):
+        at = [step for step, event in rate_events if event == kind and step in taken]
+        if at:
+            rate.plot(at, [taken[step] for step in at], marker, color="#c8553d", label=kind)
+    if len(rate.lines) > 1:
+        rate.legend()
     rate.set_ylabel("learning rate")
     norm.plot(x, [step["grad_norm"] for step in steps], color="#1f5f99", linewidth=0.8)
     norm.set_ylabel("gradient norm")
@@ -160,7 +190,7 @@ def _plot_routing(path: Path, steps: list[dict[str, Any]], first_block: int) -> 
     colours = pyplot.get_cmap("viridis")
     for axis, (name, label) in zip(axes, panels.items(), strict=True):
         for block in range(blocks):
-            values = _smooth([step["routing"][name][block] for step in steps])
+            values = smooth([step["routing"][name][block] for step in steps])
             named = blocks <= 6 or block in (0, blocks - 1)
             axis.plot(
                 x,
@@ -177,7 +207,7 @@ def _plot_routing(path: Path, steps: list[dict[str, Any]], first_block: int) -> 
     pyplot.close(figure)
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
+def smooth(values: list[float], weight: float = 0.95) -> list[float]:
     """Exponential average, corrected for its empty start."""
     smoothed, average = [], 0.0
     for count, value in enumerate(values, start=1):

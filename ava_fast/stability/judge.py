@@ -20,7 +20,7 @@ norm that has risen for good is accepted, at a reduced rate. After a cut the rat
 `recovery_steps` good steps; only then is the next trouble answered by a cut again and not by a roll-back. STOP also
 forgets cut and roll-backs, for a run that a person resumes.
 
-    judge = Judge(config.stability)
+    judge = Judge(config.stability, config.training.adaptive_lr.emergency_factor)
     ruling = judge.rule(loss, grad_norm, can_roll_back=True)
     if ruling.apply: update at lr * ruling.factor
 
@@ -86,8 +86,8 @@ class Ruling:
 class Judge:
     """Rules over steps in their order. Its state goes into checkpoints."""
 
-    def __init__(self, config: StabilityConfig):
-        self._config = config
+    def __init__(self, config: StabilityConfig, emergency_factor: float = 0.5):
+        self._config, self._emergency_factor = config, emergency_factor
         self._norms: deque[float] = deque(maxlen=config.window)
         self._losses: deque[float] = deque(maxlen=config.window)
         self._recent: deque[bool] = deque(maxlen=config.window)  # of the last steps, which were bad
@@ -156,7 +156,7 @@ class Judge:
         for window in (self._norms, self._losses, self._recent):
             window.clear()
         if verdict is Verdict.CUT:
-            self._cut = self._config.emergency_factor
+            self._cut = self._emergency_factor
         elif verdict is Verdict.ROLL_BACK:
             self._rollbacks += 1
         else:

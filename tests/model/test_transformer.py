@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from ava_kernels import rope_attention
 
 from ava_fast.config import Config
 from ava_fast.model import moe
@@ -17,7 +18,7 @@ from ava_fast.model.transformer import Transformer
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
 
-def make(model=None, moe=None, checkpointing=False, max_length=32, seed=0):
+def make(model=None, moe=None, checkpointing=False, max_length=32, seed=0, training=None):
     """A small model whose every matrix and norm is random, at a scale where mistakes show."""
     shape = {"vocab_size": 37, "hidden_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     experts = {"num_experts": 5, "top_k": 2, "intermediate_size": 10}
@@ -27,6 +28,7 @@ def make(model=None, moe=None, checkpointing=False, max_length=32, seed=0):
             "moe": experts | (moe or {}),
             "memory": {"activation_checkpointing": checkpointing},
             "data": {"max_length": max_length},
+            "training": training or {},
         }
     )
     torch.manual_seed(seed)
@@ -110,6 +112,26 @@ def test_packed_documents_train_as_each_alone(checkpointing):
     for got, expected in zip(gradients, torch.autograd.grad(total, list(model.parameters())), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert abs(packed - model(tokens, labels).objective) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sdpa", "triton", "torch"])
+def test_the_attention_that_is_asked_for_computes(name, monkeypatch):
+    from ava_fast.model import attention
+
+    asked = []
+
+    def noted(*args, backend, **named):
+        asked.append(backend)
+        return rope_attention(*args, backend=backend, **named)
+
+    expected, model = make(), make(training={"attention_backend": name})
+    tokens_BS, labels_BS = batch()
+    monkeypatch.setattr(attention, "rope_attention", noted)
+    loss = model(tokens_BS, labels_BS).loss
+    _, past = model.logits(tokens_BS[:, :-1])
+    model.logits(tokens_BS[:, -1:], past)
+    assert asked == [name] * 9  # of three blocks each time
+    torch.testing.assert_close(loss, expected(tokens_BS, labels_BS).loss)
 
 
 def losses_and_gradients(model, seed=5):
