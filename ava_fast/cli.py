@@ -47,9 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _preflight(options: argparse.Namespace) -> int:
-    from ava_fast.preflight import run_checks, table
+    from ava_fast.distributed.machine import examine_alone
+    from ava_fast.preflight import Check, run_checks, table
 
-    checks = run_checks(load_config(options.config, options.override), options.world_size)
+    config = load_config(options.config, options.override)
+    checks = run_checks(config, options.world_size) + [Check(*row) for row in examine_alone(config)]
     print(table(checks))
     return 0 if all(check.ok for check in checks) else UserError.exit_code
 

@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from ava_fast.compatibility import conflicts
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, cut, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.distributed import elastic, pace
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
@@ -118,6 +119,15 @@ class Trainer:
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
+        self._pace = pace.Pace(
+            rank,
+            world_size,
+            config.distributed.straggler_ratio,
+            config.logging.log_steps,
+            cuda=self.engine.device.type == "cuda",
+        )
+        self.restarted: dict[str, Any] | None = None
+        """The record of the restart that this run goes on from; see distributed.elastic."""
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
@@ -128,15 +138,20 @@ class Trainer:
         self.engine = Engine(model, self.config)
         self.keeper = Keeper(self.checkpoints, self.engine, self.config, self.shards / "tokenizer.json")
 
-    def run(self) -> None:
-        """Trains from the current step to `max_steps`, evaluates and saves at the end.
+    def run(self, watch: Watch | None = None) -> None:
+        """Trains from the current step to `max_steps`, evaluates and saves at the end. `watch`: one that is open.
 
         Raises Interrupted after SIGTERM or SIGINT, with the finished steps saved, and TrainingError where training
         cannot go on: LostRank on every rank if one of them failed while others waited for it.
         """
-        with Watch() as watch, self._watched(), self._signals_noted():
+        if watch is None:
+            with Watch(self.config.distributed, self.run_folder) as watch:
+                self.run(watch)
+            return
+        self._pace.hosts = [peer.host for peer in watch.peers]
+        with self._watched(), self._signals_noted():
             try:
-                self._run()
+                self._run(watch)
             except (TrainingError, Interrupted):
                 raise
             except Exception as error:
@@ -144,8 +159,9 @@ class Trainer:
                 logger.debug("this rank fails", exc_info=True)
                 raise self._lost(error, watch) from error
 
-    def _run(self) -> None:
+    def _run(self, watch: Watch) -> None:
         config = self.config
+        watch.enter("start")
         while self.step < config.training.max_steps:
             ruling, interrupted = self._step()
             if ruling.verdict is Verdict.STOP:
@@ -153,14 +169,19 @@ class Trainer:
             if ruling.verdict is Verdict.ROLL_BACK:
                 self._roll_back()
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
+                watch.enter("evaluate")
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
+                watch.enter("save")
                 self.save(wait=bool(interrupted))
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
+            watch.enter("step")
+        watch.enter("evaluate")
         if self.evaluated_at != self.step:
             self._evaluate()
+        watch.enter("save")
         if self.keeper.saved_at != self.step:
             self.save(wait=True)
         self.keeper.settle()
@@ -186,7 +207,7 @@ class Trainer:
         sequences = training.batch_size * training.gradient_accumulation_steps
         engine.model.train()
         for _ in range(training.gradient_accumulation_steps):
-            with part("data"):
+            with part("data"), self._pace:
                 batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
@@ -296,13 +317,14 @@ class Trainer:
         """
         engine, (L, E) = self.engine, self._routed
         figures = torch.zeros(4 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
-        for part, share in self._parts(batch):
+        for piece, share in self._parts(batch):
             if self._lost_step:
                 return figures
             try:
-                output = self._forward(part)
-                if engine.collectives == "step":
-                    square = self._backward(output, share)
+                with self._pace if engine.collectives != "forward" else nullcontext():
+                    output = self._forward(piece)
+                    if engine.collectives == "step":
+                        square = self._backward(output, share)
             except Exception as error:
                 if engine.collectives == "forward":
                     raise
@@ -316,7 +338,7 @@ class Trainer:
             if engine.collectives != "step":
                 square = self._backward(output, share)
             figures += _figures(output, square, share)
-        if self.config.stability.gradient_surgery != "none":
+        if self.config.stability.gradient_surgery != "none":  # of ZeRO 0 only
             self._gradients.append(engine.take_gradient())
         return figures
 
@@ -439,8 +461,8 @@ class Trainer:
         if ruling.trouble is Trouble.GRADIENT:
             restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
-                for part, share in (each for batch in batches for each in self._parts(batch)):
-                    self._backward(self._forward(part), share)
+                for piece, share in (each for batch in batches for each in self._parts(batch)):
+                    self._backward(self._forward(piece), share)
             self.engine.step(lambda _: None)
         bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
         bad += [position for _, _, position in self._failures]
@@ -589,15 +611,17 @@ class Trainer:
         own = {trouble for trouble, _, _ in self._failures}
         health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
         health += [trouble in own for trouble in FAILURES]
-        shared = torch.cat((figures, figures.new_tensor(health)))
+        paces_W = self._pace.share()
+        shared = torch.cat((figures, figures.new_tensor([*health, *paces_W])))
         with part("communication"):
             dist.all_reduce(shared)
-        sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
+        sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
-        means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
-        signals, failed_saves, retries, *failed = means[-len(health) :]
+        means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
+        self._pace.heard(means[-len(paces_W) :])
+        signals, failed_saves, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
         if failed_saves:
             self.keeper.settle()
         self._count_retries(int(retries))
@@ -663,6 +687,7 @@ class Trainer:
         assert note is not None
         if note.at_fault and stretch is not None and self.engine.rank == 0:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
+        elastic.lost(self.run_folder, f"rank {note.rank} failed: {note.reason}")
         advice = "Go on with"
         if "out of memory" in note.reason.lower():
             then = self._next_rung() if self.config.memory.on_out_of_memory == "ladder" else None
@@ -674,7 +699,7 @@ class Trainer:
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
-            resumable=network,
+            resumable=network or note.hung,
         )
 
     @contextmanager
@@ -684,6 +709,8 @@ class Trainer:
             yield
             return
         self._watch()
+        if self.restarted and self._metrics:
+            self._metrics.write(self.restarted)
         try:
             yield
         finally:
@@ -704,7 +731,12 @@ class Trainer:
             return
         self._metrics.write(record)
         self._bar.advance(record["loss"])
-        if self.step % self.config.logging.log_steps == 0 or self._bar.steps_done == 1:
+        due = self.step % self.config.logging.log_steps == 0
+        if due and (paces := self._pace.report(self.step)):
+            self._metrics.write(paces)
+            if slow := pace.line(paces):
+                logger.warning(f"step {self.step}: {slow}")
+        if due or self._bar.steps_done == 1:
             logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
 
     @contextmanager

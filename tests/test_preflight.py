@@ -28,6 +28,7 @@ def test_a_table_of_every_check_and_nothing_left_behind(config: Path, capsys: py
     assert cli.main(["preflight", "--config", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = ["configuration", "versions", "device", "memory", "output", "disk", "data", "tokenizer"]
+    names += ["matmul", "copy", "write"]
     assert [line.split()[1] for line in lines] == names
     assert all(line.startswith("ok ") for line in lines)
     assert set(config.parent.rglob("*")) == before
