@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-test
 
 chaos: $(VENV)/.installed-test
 	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_elastic
 
 # Air-gapped: with the Python that is there, and this code where it lies.
 bench-gpu:
