@@ -296,6 +296,12 @@ class MemoryConfig(Section):
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in backward."""
+    micro_batch: Positive | None = None
+    """Sequences of a rank in one forward pass, at most: its share of `training.batch_size` is taken in as many passes
+    as that needs, and the batch of a step stays what it is. None: all in one."""
+    on_out_of_memory: Literal["ladder", "stop"] = "ladder"
+    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, one after the
+    other, and the same step again; or a clean stop."""
 
 
 class CheckpointConfig(Section):
@@ -311,6 +317,8 @@ class CheckpointConfig(Section):
     """Of those saved at a step that was evaluated, so many with the lowest held-out loss are kept as well."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in the host's memory: 12 bytes per parameter, shared by the ranks."""
+    remote: str | None = None
+    """A URL, as s3://bucket/folder, that finished checkpoints are copied to while training goes on."""
     when_busy: Literal["wait", "skip"] = "wait"
     """When a checkpoint is due while the last one is still being written: wait for that, or leave this one out."""
 

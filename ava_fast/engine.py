@@ -40,6 +40,7 @@ from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_sha
 from ava_fast.config import Config
 from ava_fast.distributed.rendezvous import is_shared, meet
 from ava_fast.errors import UserError
+from ava_fast.parts import part
 
 
 def init_distributed(config: Config) -> None:
@@ -161,7 +162,8 @@ class Engine:
         """
         self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
             if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
                 decide(self._norm)
         finally:
@@ -341,9 +343,13 @@ class Engine:
             weights[name] = _fp32_on_cpu(full) if self.rank == 0 else torch.empty(0)
         return weights if self.rank == 0 else None
 
-    def close(self) -> None:
-        """Ends DeepSpeed's hooks and the process group. The engine is of no use afterwards."""
+    def release(self) -> None:
+        """Ends DeepSpeed's hooks. The engine is of no use afterwards; another may take its place."""
         self._engine.destroy()
+
+    def close(self) -> None:
+        """`release`, and the end of the process group."""
+        self.release()
         close_distributed()
 
     def _adamw(self) -> torch.optim.AdamW:

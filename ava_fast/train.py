@@ -23,7 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ava_fast.checkpoint import store
+from ava_fast.checkpoint import remote, store
 from ava_fast.compatibility import model_differences, world_size_conflicts
 from ava_fast.config import Config, ConfigError, dump_config, load_config
 from ava_fast.data.batches import Source
@@ -35,7 +35,7 @@ from ava_fast.distributed.machine import examine
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
-from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
+from ava_fast.observe.run import logging_started, new_run, newest_run, runs_folder, say, start_logging, stop_logging
 from ava_fast.preflight import Check, run_checks, table
 from ava_fast.summary import finish, finished_lines
 from ava_fast.trainer import Trainer
@@ -127,6 +127,7 @@ def _train(
             ended = error
     if ended is None:
         finish(trainer, "finished", started_at)
+        trainer.keeper.uploaded()
         if _rank() == 0:
             elastic.end(run_folder, 0, "it has finished")
         return
@@ -139,6 +140,7 @@ def _train(
         finish(trainer, "interrupted" if isinstance(ended, Interrupted) else "stopped", started_at)
     except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
         logger.warning(f"the report could not be written: {unwritten}")
+    trainer.keeper.uploaded()
     if not isinstance(ended, LostRank):
         # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
         with contextlib.suppress(RuntimeError):
@@ -214,6 +216,8 @@ def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
         if options.reset_optimizer:
             raise UserError("--reset-optimizer: needs --resume; a new run has a fresh optimizer anyway")
         return []
+    if remote.is_url(options.resume):
+        return remote.download(options.resume, runs_folder(config))
     if options.resume != "latest":
         return store.candidates(Path(options.resume))
     run = newest_run(config)
@@ -226,6 +230,8 @@ def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
 def _finished(config: Config, options: argparse.Namespace) -> str | None:
     """The closing lines of the run that `--resume` names, if it has finished with these very settings."""
     if options.resume is None:
+        return None
+    if remote.is_url(options.resume):
         return None
     run = newest_run(config) if options.resume == "latest" else Path(options.resume)
     return finished_lines(run, config) if run else None
@@ -307,7 +313,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ava_fast.train", description="Trains a model.")
     parser.add_argument("--config", required=True, help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="repeatable")
-    parser.add_argument("--resume", metavar="latest|PATH", help="continue the newest run of this name, or this one")
+    parser.add_argument("--resume", metavar="latest|PATH|URL", help="continue the newest run of this name, or this one")
     parser.add_argument("--reset-optimizer", action="store_true", help="with --resume: a fresh AdamW state")
     parser.add_argument("--data-dir", help="same as --override data.data_dir=…")
     parser.add_argument("--experiment-name", help="same as --override logging.experiment_name=…")

@@ -36,16 +36,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "shards"
-        write_shards(
-            folder,
-            _documents(millions * 10**6),
-            _documents(10_000),
-            tokenizer_json=b"{}",
-            vocab_size=VOCABULARY,
-            eos_id=EOS,
-            source="random tokens",
-            skipped=[],
-        )
+        write_random(folder, millions * 10**6)
         for length in LENGTHS:
             rates = {name: _rates(folder, length, inside) for name, inside in (("plain", False), ("offsets", True))}
             ready = [_first_batch(folder, length, epochs) for epochs in (0.0, 0.5, 1e12)]
@@ -60,6 +51,20 @@ def main() -> None:
             slowest = max(max(seconds) for seconds in ready)
             print(f"S {length}: {speeds}; first batch within {1000 * slowest:.1f} ms", flush=True)
     print(machine.write("loader_cpu", {"tokens": millions * 10**6, "batch_tokens": BATCH_TOKENS, "lengths": results}))
+
+
+def write_random(folder: Path, tokens: int) -> None:
+    """Shards of that many random tokens."""
+    write_shards(
+        folder,
+        _documents(tokens),
+        _documents(10_000),
+        tokenizer_json=b"{}",
+        vocab_size=VOCABULARY,
+        eos_id=EOS,
+        source="random tokens",
+        skipped=[],
+    )
 
 
 def _documents(tokens: int) -> Iterator[Piece]:
