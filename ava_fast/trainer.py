@@ -24,7 +24,7 @@ from ava_fast.compatibility import conflicts
 from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, cut, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
-from ava_fast.distributed import elastic, pace
+from ava_fast.distributed import elastic, pace, stuck
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
@@ -675,6 +675,8 @@ class Trainer:
         note = watch.note(3.0 if network else 0.0)
         if note is None:
             reason = in_a_line(error)
+            if "timed out" in str(error).lower():
+                stuck.record(self.run_folder, self.engine.rank, in_a_line(error), f"step {self.step + 1}")
             if network:
                 reason = f"a collective failed, as another rank has died or cannot be reached ({reason})"
             memory = is_out_of_memory(error)
