@@ -60,10 +60,10 @@ class StepBar:
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
-    def advance(self, loss: float) -> None:
-        self.steps_done += 1
+    def advance(self, loss: float, steps: int = 1) -> None:
+        self.steps_done += steps
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self._bar.update()
+        self._bar.update(steps)
 
     def eta(self) -> float:
         """Seconds to the end at this launch's pace so far, evaluations and saves included."""

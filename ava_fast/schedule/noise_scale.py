@@ -23,9 +23,10 @@ class NoiseScale:
         self._small, self._big = small, big
         self._signal = self._noise = self._weight = 0.0
 
-    def update(self, small_square: float, big_square: float) -> None:
-        """One measurement: mean of the small batches' squared norms, squared norm of the big one's."""
-        small, big = self._small, self._big
+    def update(self, small_square: float, big_square: float, big: float | None = None) -> None:
+        """One measurement: mean of the small batches' squared norms, squared norm of the big one's, of `big` sequences
+        this time if that is given."""
+        small, big = self._small, big or self._big
         signal = (big * big_square - small * small_square) / (big - small)
         noise = (small_square - big_square) / (1 / small - 1 / big)
         self._signal = WEIGHT * self._signal + (1 - WEIGHT) * signal

@@ -35,7 +35,7 @@ def test_flops_are_those_of_the_matrix_products(overrides: list[str]) -> None:
     seen = ops.aten.mm, ops.ava_kernels.moe_mlp, ops.ava_kernels.moe_mlp_backward
     products = sum(counts.get(op, 0) for op in seen)
     causal_attention = 3 * 3 * 2 * (2 * 2 * 8 * 32 * 32) // 2  # forward + 2 × backward, layers, heads, half masked
-    assert products + unseen + causal_attention == 32 * flops_per_token(config)
+    assert products + unseen + causal_attention == 32 * flops_per_token(config, config.data.max_length)
 
 
 def test_active_parameters_leave_out_idle_experts_and_the_look_up() -> None:
