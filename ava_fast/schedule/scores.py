@@ -110,7 +110,7 @@ def _read(file: Path) -> tuple[npt.NDArray[np.uint32], str]:
         whole = np.memmap(file, np.uint8, mode="r")
     except (OSError, ValueError) as error:  # ValueError: it is empty
         raise UserError(f"{file}: cannot be read ({error}); delete it") from None
-    digest = hashlib.sha256(memoryview(whole[32:])).digest()
+    digest = hashlib.sha256(whole[32:].data).digest()
     if whole[:32].tobytes() != digest or len(whole) % 4:
         raise UserError(f"{file}: is damaged, it does not agree with its own hash; delete it")
     return whole[32:].view("<u4"), digest.hex()

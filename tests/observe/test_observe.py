@@ -121,6 +121,7 @@ def test_the_report_tells_what_metrics_hold(tmp_path: Path) -> None:
             "grad_norm": 1.0,
             "seconds": 0.5,
             "tokens": 64 * s,
+            "tokens_per_second": 128.0,
         }
         for s in (1, 2)
     ]
@@ -146,7 +147,8 @@ def test_the_report_shows_how_each_block_routed(
     steps = []
     for step in (1, 2, 3):
         routing = {"utilisation": [0.5, 0.25 * step], "entropy": [1.0, 0.9], "rerouted": [rerouted, 0.0]}
-        loss = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.5, "tokens": 64 * step}
+        loss = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.5}
+        loss |= {"tokens": 64 * step, "tokens_per_second": 128.0}
         steps.append({"kind": "step", "step": step, **loss, "routing": {**routing, "dropped": [0.0, 0.0]}})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     figures = []
