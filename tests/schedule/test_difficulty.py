@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_an_ordered_epoch_has_every_row_once_and_its_buckets_rise(n: int, seed: 
     seen = order.at(np.arange(2 * n)).tolist()
     assert sorted(seen[:n]) == list(range(n))
     edges = [math.ceil(n * k / STAGES) for k in range(STAGES + 1)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         assert set(seen[first:last]) == set(easiest_first[first:last].tolist())
     assert seen[n:] == Shuffle(n, seed=seed).at(np.arange(n)).tolist()
 
@@ -231,8 +232,8 @@ def test_ranks_share_one_order_and_a_position_finds_it_again(folder: Path, mode:
         assert torch.equal(rest.next_batch()[0], batch)
     with pytest.raises(UserError, match=r"curriculum\.difficulty was .*0\.2.*, is .*0\.5.*; set it back"):
         loader(0, 1, start=0.5).load_state_dict(alone.state_dict())
+    old = {key: value for key, value in alone.state_dict().items() if key != "order"}
     with pytest.raises(UserError, match=r"curriculum\.difficulty was a shuffle, is "):
-        old = {key: value for key, value in alone.state_dict().items() if key != "order"}
         loader(0, 1).load_state_dict(old)
 
 
