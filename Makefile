@@ -27,6 +27,7 @@ test: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m bench.startup
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.overhead
 	$(PIP) --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m bench.data
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients

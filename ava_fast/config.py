@@ -205,7 +205,7 @@ class TrainingConfig(Section):
 
     mode: Literal["fast", "standard", "debug"] = "standard"
     """How much a run tells and checks: `fast` records every `logging.log_steps` steps, `debug` looks into every module.
-    docs/curricula.md has what each costs."""
+    docs/modes.md has what each costs."""
     detect_anomaly: bool = False
     """With `mode: debug`, have autograd name the operation whose backward pass made a NaN; it doubles a step's time."""
     max_steps: Positive = 1000

@@ -101,6 +101,7 @@ def _made(config: Config, source: Sequences) -> Path:
             f"curriculum.difficulty: cannot write {file}: {error.strerror}; the shards' folder keeps the ranking: make "
             "it writable, or copy the shards to where there is room"
         ) from None
+    logger.info(f"{file}: {len(source):,} rows ranked by {measure}, kept for the next run")
     return file
 
 
