@@ -32,7 +32,7 @@ from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.commands import add_checkpoint_commands
 from ava_fast.compatibility import world_size_conflicts
-from ava_fast.config import Config, ConfigError, load_config
+from ava_fast.config import Config, ConfigError, load_config, saved_config
 from ava_fast.data.commands import add_data_commands
 from ava_fast.errors import Interrupted, TrainingError, UserError
 
@@ -163,7 +163,7 @@ def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
         return weights, load_config(source / "config.yaml"), tokenizer if tokenizer.is_file() else None
     checkpoint = store.find_checkpoint(source)
     manifest = store.read_manifest(checkpoint)
-    config = Config.model_validate(manifest["config"])
+    config = saved_config(manifest["config"])
     return read_weights(checkpoint / "engine"), config, checkpoint / "tokenizer.json"
 
 
