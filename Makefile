@@ -1,7 +1,7 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
 # make test    installs and runs everything that CI runs: lint, types, tests, and the guard against slower code
 # make bench   times every operation and path on a CPU beside its peers, in ten minutes, and writes docs/benchmarks.md
-# make chaos   kills runs, damages checkpoints and lets disks fail, at length: docs/reliability.md has the last result
+# make chaos   kills runs and nodes, damages checkpoints and lets disks fail, at length: docs/reliability.md and elastic.md
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3

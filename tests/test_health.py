@@ -105,6 +105,23 @@ def test_a_rank_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
     assert "in hang" in said
 
 
+def test_a_collective_that_takes_too_long_leaves_a_record(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
+    config = load_config(file, OVERRIDES)
+    init_distributed(config)
+    try:
+        trainer = Trainer(config, tmp_path, train.prepare_data(config))
+        error = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation")
+        with health.Watch() as watch:
+            assert "a collective failed" in str(trainer._lost(error, watch))
+    finally:
+        close_distributed()
+    said = (tmp_path / "logs" / "stuck_rank_0.txt").read_text()
+    assert "rank 0 on" in said
+    assert "step 1\nbecause of RuntimeError: [gloo/transport" in said
+    assert "gloo:broadcast" in said
+
+
 def test_each_start_meets_apart_from_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a store in which ranks of earlier starts have left what they said."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

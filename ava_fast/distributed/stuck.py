@@ -37,11 +37,14 @@ def record(run_folder: Path, rank: int, why: str, doing: str) -> None:
 
 def collectives() -> list[str]:
     """The last ones of torch's flight recorder, newest last: `#17 gloo:all_reduce [[38048]], 2.1 s ago, not done`."""
-    dump: dict[str, Any] = json.loads(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+    entries: list[dict[str, Any]] = []
+    for recorder in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # of nccl, and of what runs on the host
+        if dump := getattr(_distributed_c10d, recorder, None):
+            entries += json.loads(dump()).get("entries", [])
     now = time.time_ns()
     return [
         f"#{each['collective_seq_id'] or each['p2p_seq_id']} {each['profiling_name']} {each['input_sizes']} in "
         f"{each['process_group'][1]}, {(now - each['time_created_ns']) / 1e9:.1f} s ago, "
         f"{'done' if each['retired'] else 'not done'}"
-        for each in dump.get("entries", [])[-_SHOWN:]
+        for each in sorted(entries, key=lambda each: int(each["time_created_ns"]))[-_SHOWN:]
     ]
