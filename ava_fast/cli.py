@@ -26,13 +26,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.commands import add_checkpoint_commands
+from ava_fast.checkpoint.source import read_source
 from ava_fast.compatibility import world_size_conflicts
-from ava_fast.config import Config, ConfigError, load_config
+from ava_fast.config import ConfigError, load_config
 from ava_fast.data.commands import add_data_commands
 from ava_fast.errors import Interrupted, TrainingError, UserError
 
@@ -87,7 +87,7 @@ def _generate(options: argparse.Namespace) -> int:
     from ava_fast.model.generation import generate
     from ava_fast.model.transformer import Transformer
 
-    weights, config, tokenizer_file = _load(Path(options.source))
+    weights, config, tokenizer_file = read_source(Path(options.source))
     if tokenizer_file is None:
         raise UserError(f"{options.source}: has no tokenizer.json; put the model's beside its config.yaml")
     tokenizer = load_tokenizer(tokenizer_file)
@@ -111,7 +111,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from ava_fast.model.huggingface import export
 
-    weights, config, tokenizer_file = _load(Path(options.source))
+    weights, config, tokenizer_file = read_source(Path(options.source))
     architecture = export(
         weights, config, Path(options.output), architecture=options.architecture, tokenizer=tokenizer_file
     )
@@ -145,26 +145,11 @@ def _replay(options: argparse.Namespace) -> int:
         if not earlier:
             raise UserError(f"{batch}: no checkpoint of its run is from step {step} or before; name one with --weights")
         source = earlier[-1]
-    weights, config, tokenizer_file = _load(source)
+    weights, config, tokenizer_file = read_source(source)
     print(f"the batch after step {step}, with the weights of {source}")
     for line in replay(batch, weights, config, load_tokenizer(tokenizer_file) if tokenizer_file else None):
         print(line)
     return 0
-
-
-def _load(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
-    """Weights, settings and tokenizer of a run, a checkpoint or an imported folder."""
-    from ava_fast.checkpoint.shards import read_weights
-    from ava_fast.model.huggingface import read_model
-
-    if (source / "model.safetensors").is_file():
-        weights, _ = read_model(source)
-        tokenizer = source / "tokenizer.json"
-        return weights, load_config(source / "config.yaml"), tokenizer if tokenizer.is_file() else None
-    checkpoint = store.find_checkpoint(source)
-    manifest = store.read_manifest(checkpoint)
-    config = Config.model_validate(manifest["config"])
-    return read_weights(checkpoint / "engine"), config, checkpoint / "tokenizer.json"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
     command.add_argument("--world-size", type=int, default=1, help="ranks, default 1")
     command.set_defaults(command=_memory_plan)
-    find_lr.add_command(commands, lambda source: _load(source)[0])
+    find_lr.add_command(commands, lambda source: read_source(source)[0])
     sweep.add_command(commands)
     add_checkpoint_commands(commands)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ava_fast.config import Config, Fault
+from ava_fast.config import Config, Fault, saved_config
 from ava_fast.data.order import LONGEST_CYCLE, cycle
 
 MAX_HEAD_DIM = 256  # ava_kernels.attention's, without the second that importing torch takes
@@ -59,6 +59,11 @@ def conflicts(config: Config) -> list[Fault]:
         allowed = "auto, triton or torch, or set data.document_attention to false"
         refuse("training.attention_backend", "sdpa", allowed)
     _source_conflicts(config, refuse)
+    _curriculum_conflicts(config, refuse)
+    if training.mode == "debug" and training.compile:
+        refuse("training.mode", "debug", "fast or standard, or set training.compile to false: debug looks into modules")
+    if training.detect_anomaly and training.mode != "debug":
+        refuse("training.detect_anomaly", "true", f"false, or set training.mode to debug (now {training.mode})")
     stability = config.stability
     if stability.max_skips >= stability.window:
         refuse("stability.max_skips", stability.max_skips, f"below stability.window ({stability.window})")
@@ -111,6 +116,38 @@ def _source_conflicts(config: Config, refuse: Callable[[str, object, str], None]
         refuse("data.sources", given, allowed)
 
 
+def _curriculum_conflicts(config: Config, refuse: Callable[[str, object, str], None]) -> None:
+    length, batch, difficulty = config.curriculum.length, config.curriculum.batch, config.curriculum.difficulty
+    whole = config.data.max_length
+    if length.shape in ("linear", "exponential") and whole % length.start:
+        refuse("curriculum.length.start", length.start, f"a divisor of data.max_length ({whole})")
+    if (length.stages is not None) != (length.shape == "stages"):
+        allowed = "a list of lengths, as curriculum.length.shape is stages"
+        allowed = allowed if length.stages is None else f"null, or curriculum.length.shape stages (now {length.shape})"
+        refuse("curriculum.length.stages", "null" if length.stages is None else length.stages, allowed)
+    elif (stages := length.stages) and (any(each < 2 or whole % each for each in stages) or stages != sorted(stages)):
+        refuse("curriculum.length.stages", stages, f"divisors of data.max_length ({whole}) of 2 or more that rise")
+    if (batch.stages is not None) != (batch.shape == "stages"):
+        allowed = "a list of {step, micro_batches}, as curriculum.batch.shape is stages"
+        allowed = allowed if batch.stages is None else f"null, or curriculum.batch.shape stages (now {batch.shape})"
+        refuse("curriculum.batch.stages", "null" if batch.stages is None else "a list", allowed)
+    elif (steps := [stage.step for stage in batch.stages or []]) != sorted(set(steps)):
+        refuse("curriculum.batch.stages", f"steps {steps}", "steps that rise")
+    if batch.shape in ("cyclical", "noise_scale") and batch.min_micro_batches > batch.max_micro_batches:
+        most = f"at most curriculum.batch.max_micro_batches ({batch.max_micro_batches})"
+        refuse("curriculum.batch.min_micro_batches", batch.min_micro_batches, most)
+    if batch.shape == "noise_scale" and not config.training.noise_scale_steps:
+        refuse("curriculum.batch.shape", "noise_scale", "another, or training.noise_scale_steps above 0")
+    if batch.shape != "constant" and config.stability.gradient_surgery != "none":
+        allowed = f"constant, or stability.gradient_surgery none (now {config.stability.gradient_surgery})"
+        refuse("curriculum.batch.shape", batch.shape, f"{allowed}: its losses are the micro-batches'")
+    if (difficulty.reference is not None) != (difficulty.measure == "loss"):
+        given, allowed = difficulty.reference, f"null, or curriculum.difficulty.measure loss (now {difficulty.measure})"
+        if given is None:
+            allowed = "a run, a checkpoint or an imported folder, as curriculum.difficulty.measure is loss"
+        refuse("curriculum.difficulty.reference", given or "null", allowed)
+
+
 def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
     """What a number of ranks does not go with."""
     training, faults = config.training, []
@@ -121,6 +158,16 @@ def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
                 "compares gradients of two sizes, and there is one",
                 given=str(training.noise_scale_steps),
                 allowed="0, or two ranks, or training.gradient_accumulation_steps of 2 or more",
+            )
+        )
+    batch = config.curriculum.batch
+    if batch.shape == "noise_scale" and world_size * batch.min_micro_batches == 1:
+        faults.append(
+            Fault(
+                "curriculum.batch.min_micro_batches",
+                "leaves nothing to measure the noise scale by: it compares gradients of two sizes",
+                given="1",
+                allowed="2 or more, or two ranks",
             )
         )
     if training.batch_size % world_size:
@@ -138,7 +185,7 @@ def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
 def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:
     """Settings in which weights with the sections `model` and `moe` of `saved` are another model than `config`'s."""
     own = _identity(config)
-    other = _identity(Config.model_validate({section: saved[section] for section in ("model", "moe")}))
+    other = _identity(saved_config({section: saved[section] for section in ("model", "moe")}))
     return [f"{key} is {own[key]}, there it is {other[key]}" for key in own if own[key] != other[key]]
 
 

@@ -203,6 +203,11 @@ class AdaptiveLrConfig(Section):
 class TrainingConfig(Section):
     """The optimisation run."""
 
+    mode: Literal["fast", "standard", "debug"] = "standard"
+    """How much a run tells and checks: `fast` records every `logging.log_steps` steps, `debug` looks into every module.
+    docs/modes.md has what each costs."""
+    detect_anomaly: bool = False
+    """With `mode: debug`, have autograd name the operation whose backward pass made a NaN; it doubles a step's time."""
     max_steps: Positive = 1000
     """Optimizer steps, which also drive the schedule. A skipped batch is none."""
     batch_size: Positive = 8
@@ -264,6 +269,79 @@ class TrainingConfig(Section):
     """Of initial weights, data order and router noise."""
     init_from: str | None = None
     """A folder written by `ava-fast import`: start from these weights instead of random ones."""
+
+
+class LengthConfig(Section):
+    """Shorter sequences first: every row of `data.max_length` tokens is cut into equal pieces, and nothing is lost."""
+
+    shape: Literal["constant", "linear", "exponential", "stages"] = "constant"
+    """How the length rises from `start` to `data.max_length`, in lengths that divide it; or by `stages`."""
+    start: Annotated[int, Field(ge=2, le=2**31 - 1)] = 32
+    """The first length of `linear` and `exponential`."""
+    stages: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """The lengths of `stages` before `data.max_length`, each for an equal part: [128, 256, 512]."""
+    ratio: Fraction = 0.5
+    """Share of `max_steps` after which sequences have their full length."""
+
+
+class StageConfig(Section):
+    """From a step on, so many micro-batches."""
+
+    step: Count
+    """Optimizer steps taken before it."""
+    micro_batches: Positive
+    """Forward passes per optimizer step from then on."""
+
+
+class BatchConfig(Section):
+    """How many micro-batches of `training.batch_size` sequences a step takes, in place of
+    `training.gradient_accumulation_steps`."""
+
+    shape: Literal["constant", "stages", "cyclical", "noise_scale"] = "constant"
+    """By `stages`; up and down in a triangle between the bounds; or following the gradient noise scale."""
+    stages: Annotated[list[StageConfig], Field(min_length=1)] | None = None
+    """Of `stages`, in the order of their steps; before the first, `training.gradient_accumulation_steps` holds."""
+    min_micro_batches: Positive = 1
+    """The fewest, of `cyclical` and `noise_scale`."""
+    max_micro_batches: Positive = 8
+    """The most, of `cyclical` and `noise_scale`."""
+    period: Annotated[int, Field(ge=2, le=2**53)] = 100
+    """Steps from one smallest batch to the next, with `cyclical`."""
+    learning_rate: Literal["keep", "sqrt"] = "keep"
+    """`sqrt`: the rate is multiplied by the root of micro-batches over `training.gradient_accumulation_steps`."""
+
+
+class DifficultyConfig(Section):
+    """Easy rows first. A row's difficulty is the mean over its tokens; it is worked out once per data set and kept
+    beside the shards."""
+
+    measure: Literal["none", "length", "rarity", "loss"] = "none"
+    """Of a token: its document's length; the surprisal of the token alone, −log of its share of the split; or its
+    cross-entropy by a `reference` model."""
+    mode: Literal["threshold", "order"] = "threshold"
+    """`threshold`: draw from the easiest share, which rises from `start` to all; easy rows come more often. `order`: in
+    the first epoch every row once, in 32 buckets from easy to hard. Either is shuffled within, and an ordinary shuffle
+    follows."""
+    pacing: Literal["linear", "root", "step"] = "linear"
+    """How the threshold rises: evenly, fast at first, or in four jumps."""
+    start: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the rows, the easiest, that the threshold begins with."""
+    ratio: Fraction = 0.5
+    """When the threshold admits all: after this share of `max_steps · batch_size · gradient_accumulation_steps`
+    sequences, whatever `curriculum.batch` makes of them."""
+    reference: str | None = None
+    """A run, a checkpoint or an imported folder, for `measure: loss`; it has to use the data's tokenizer."""
+
+
+class CurriculumConfig(Section):
+    """What a run sees when: see docs/curricula.md."""
+
+    length: LengthConfig = LengthConfig()
+    """Sequence lengths."""
+    batch: BatchConfig = BatchConfig()
+    """Batch sizes."""
+    difficulty: DifficultyConfig = DifficultyConfig()
+    """Which rows."""
 
 
 class StabilityConfig(Section):
@@ -395,6 +473,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     filters: FiltersConfig = FiltersConfig()
     training: TrainingConfig = TrainingConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     stability: StabilityConfig = StabilityConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -462,6 +541,23 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     for override in overrides or []:
         _apply_override(tree, override, faults)
     return _validate(tree, source, faults)
+
+
+def saved_config(tree: dict[str, Any]) -> Config:
+    """The settings of a checkpoint, as its manifest has them. What another release knew and this one does not is left
+    out, and what only this one knows has its default."""
+    return Config.model_validate(_still_known(tree, Config))
+
+
+def _still_known(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    known = {}
+    for key, value in tree.items():
+        if (field := section.model_fields.get(key)) is None:
+            continue
+        inner = field.annotation
+        closed = isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict)
+        known[key] = _still_known(value, inner) if closed else value  # type: ignore[arg-type]
+    return known
 
 
 def dump_config(config: Config) -> str:
@@ -649,7 +745,8 @@ def _describe_type(annotation: Any, metadata: tuple[Any, ...]) -> str:
     if annotation is type(None):
         return "null"
     if origin is list:
-        return "a list of {" + ", ".join(arguments[0].model_fields) + "}"
+        fields = getattr(arguments[0], "model_fields", None)
+        return "a list of {" + ", ".join(fields) + "}" if fields else f"a list of {_describe_type(arguments[0], ())}"
     words = {bool: "true or false", int: "integer", float: "number", str: "text"}[annotation]
     bounds = []
     for rule in metadata:

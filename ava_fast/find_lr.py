@@ -23,7 +23,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ava_fast.config import Config, load_config
+from ava_fast.config import Config, CurriculumConfig, load_config
 from ava_fast.errors import UserError
 from ava_fast.files import write_whole
 
@@ -101,7 +101,8 @@ def _for_test(config: Config, steps: int) -> Config:
     """The run's settings without what judges, measures or saves."""
     training = config.training.model_copy(update={"max_steps": steps, "noise_scale_steps": 0})
     stability = config.stability.model_copy(update={"deviations": None, "max_norm": None, "dump_batches": 0})
-    return config.model_copy(update={"training": training, "stability": stability})
+    curriculum = CurriculumConfig()  # made for the whole run, of which this is none
+    return config.model_copy(update={"training": training, "stability": stability, "curriculum": curriculum})
 
 
 def plot(test: RangeTest, suggested: dict[str, float], path: Path) -> None:

@@ -100,7 +100,7 @@ def _closing_lines(run: Path, config: Config, summary: dict[str, Any]) -> str:
 
 def _tokens_per_second(run: Path) -> float:
     steps = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "step"]
-    return float(steps[-1]["tokens"] / sum(step["seconds"] for step in steps))
+    return float(steps[-1]["tokens"] / sum(step["seconds"] * step.get("steps", 1) for step in steps))
 
 
 def _continuation(config: Config, weights: dict[str, torch.Tensor], shards: Path) -> str:

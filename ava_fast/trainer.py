@@ -32,12 +32,16 @@ from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
 from ava_fast.observe.console import StepBar, duration, step_line
+from ava_fast.observe.debug import CloseLook
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.parts import part
 from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.schedule.length import in_pieces, sequence_length
+from ava_fast.schedule.micro_batches import MicroBatches
 from ava_fast.schedule.noise_scale import NoiseScale
+from ava_fast.schedule.scores import easy_first
 from ava_fast.stability import room, surgery
 from ava_fast.stability.failures import (
     MADE_ROOM,
@@ -82,6 +86,7 @@ class Trainer:
             world_size=world_size,
             document_attention=config.data.document_attention,
             prefetch=config.data.prefetch_batches,
+            orders=easy_first(config, shards),
         )
         self.heldout_NS1 = heldout_sequences(
             shards, max_length=config.data.max_length, limit=config.evaluation.max_sequences
@@ -97,12 +102,19 @@ class Trainer:
         self.adaptive = AdaptiveRate(training)
         self.rate: Callable[[int], float] = self.adaptive.rate
         """The learning rate of a step, counted from 0, before the judge's factor."""
+        self.batch_sizes = MicroBatches(config)
+        self.micro_batches = self.batch_sizes.at(0)
+        """Of the step under way, or the last."""
+        self.length = config.data.max_length
+        """Of the sequences of the step under way, or the last: each row that the loader gives is cut into such."""
         self.noise_scale: NoiseScale | None = None
         if training.noise_scale_steps:
             per_step = training.batch_size * training.gradient_accumulation_steps
             self.noise_scale = NoiseScale(training.batch_size / world_size, per_step)
         self.step = 0
         """Optimizer steps taken; a skipped batch is none."""
+        self.tokens = 0
+        """What these steps have trained on."""
         self._trouble_from: int | None = None  # the position of the first batch that went wrong, until calm returns
         self.evaluated_at = -1
         self.heldout = self.loss = math.nan
@@ -131,8 +143,9 @@ class Trainer:
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
-        self._flops = flops_per_token(config)
         self._peak = peak_flops(config, self.engine.device)
+        self._unshown = (0, 0, 0.0)  # steps, tokens and seconds since the last step record
+        self._look = CloseLook(model, training)
 
     def _build(self, model: Transformer) -> None:
         self.engine = Engine(model, self.config)
@@ -149,7 +162,7 @@ class Trainer:
                 self.run(watch)
             return
         self._pace.hosts = [peer.host for peer in watch.peers]
-        with self._watched(), self._signals_noted():
+        with self._watched(), self._signals_noted(), self._look:
             try:
                 self._run(watch)
             except (TrainingError, Interrupted):
@@ -204,9 +217,11 @@ class Trainer:
         started_at, noise, start = time.perf_counter(), generator_states(), self.loader.position
         batches, positions, seen = [], [], []
         self._failures, self._lost_step, self._gradients = [], False, []
-        sequences = training.batch_size * training.gradient_accumulation_steps
+        self.micro_batches, self.length = self.batch_sizes.at(self.step), sequence_length(self.step, self.config)
+        sequences = training.batch_size * self.micro_batches
         engine.model.train()
-        for _ in range(training.gradient_accumulation_steps):
+        self._look.begin()
+        for _ in range(self.micro_batches):
             with part("data"), self._pace:
                 batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
@@ -218,7 +233,8 @@ class Trainer:
         if self._makes_room(failures, start, noise):
             return Ruling(Verdict.SKIP, False, 1.0), interrupted
         self.loss = loss
-        lr, ruling = self.rate(self.step), Ruling(Verdict.SKIP, False, 1.0)
+        lr = self.rate(self.step) * self.batch_sizes.rate_factor(self.micro_batches)
+        ruling = Ruling(Verdict.SKIP, False, 1.0)
 
         def decide(grad_norm: float) -> float | None:
             nonlocal lr, ruling
@@ -248,16 +264,25 @@ class Trainer:
             return ruling, interrupted
         self._targets = targets
         update_expert_biases(engine.model, requested_LE)
-        scheduled, change = learning_rate(self.step, training), None
+        scheduled, change, regrouped = learning_rate(self.step, training), None, None
         if ruling.trouble is None:
             change = self.adaptive.observe(self.step, loss, result.grad_norm)
             if self._measures_noise():
                 assert self.noise_scale is not None
-                self.noise_scale.update(square, result.grad_norm**2, parts=len(self._parts(batches[0])))
+                parts = len(self._parts(batches[0]))
+                self.noise_scale.update(square, result.grad_norm**2, big=sequences, parts=parts)
+                regrouped = self.batch_sizes.observe(self.noise_scale.sequences)
         self.step += 1
-        seconds = time.perf_counter() - started_at
-        tokens_per_step = sequences * self.config.data.max_length
-        rate = tokens_per_step / seconds
+        self._look.end()
+        tokens = sequences * self.config.data.max_length
+        self.tokens += tokens
+        steps, unshown, seconds = self._unshown
+        self._unshown = steps + 1, unshown + tokens, seconds + time.perf_counter() - started_at
+        if training.mode == "fast" and not (interrupted or ruling.trouble or self._record_due()):
+            return ruling, interrupted
+        steps, tokens, seconds = self._unshown
+        self._unshown, rate = (0, 0, 0.0), tokens / seconds
+        curriculum, flops = self.config.curriculum, flops_per_token(self.config, self.length)
         self._show(
             {
                 "kind": "step",
@@ -272,12 +297,17 @@ class Trainer:
                 **({"noise_scale": self.noise_scale.sequences} if self.noise_scale else {}),
                 "grad_norm": result.grad_norm,
                 "grad_norm_clipped": min(result.grad_norm, training.max_grad_norm or math.inf),
-                "seconds": seconds,
-                "tokens": self.step * tokens_per_step,
+                **({"micro_batches": self.micro_batches} if curriculum.batch.shape != "constant" else {}),
+                **({"sequence_length": self.length} if curriculum.length.shape != "constant" else {}),
+                "seconds": seconds / steps,
+                **({"steps": steps} if training.mode == "fast" else {}),
+                "tokens": self.tokens,
                 "tokens_per_second": rate,
-                "mfu": rate * self._flops / (self._peak * engine.world_size) if self._peak else None,
+                "mfu": rate * flops / (self._peak * engine.world_size) if self._peak else None,
             }
         )
+        if regrouped is not None:
+            logger.info(f"step {self.step} | {regrouped}")
         if change is not None:
             if self._metrics:
                 self._metrics.write(
@@ -286,8 +316,15 @@ class Trainer:
             logger.info(f"step {self.step} | {change.reason}")
         return ruling, interrupted
 
+    def _record_due(self) -> bool:
+        """In `fast`: where a person or a resumed run would miss it."""
+        config, last = self.config, self.step == self.config.training.max_steps
+        every = (config.logging.log_steps, config.checkpoint.save_steps, config.evaluation.eval_steps)
+        return last or any(_due(self.step, steps) for steps in every)
+
     def _measures_noise(self) -> bool:
-        return self.noise_scale is not None and self.step % self.config.training.noise_scale_steps == 0
+        due = self.noise_scale is not None and self.step % self.config.training.noise_scale_steps == 0
+        return due and self.micro_batches * self.engine.world_size > 1  # else there are no gradients of two sizes
 
     def _read(self) -> Batch:
         """The next batch; where it cannot be read, one that takes its place, as the other ranks are on their way into
@@ -429,13 +466,14 @@ class Trainer:
         self._failures.append((trouble, line, self.loader.position - self.config.training.batch_size))
 
     def _forward(self, batch: Batch) -> Output:
-        output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in batch))
+        pieces = in_pieces(batch, self.length)
+        output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in pieces))
         return output
 
     def _backward(self, output: Output, share: float) -> torch.Tensor:
         """Adds the gradient of a part that is `share` of its micro-batch → the squared norm of the part's own on this
         rank, 0-d; 0 where it is not asked for."""
-        N = self.config.training.gradient_accumulation_steps
+        N = self.micro_batches
         objective = output.objective * share / N
         if not self._measures_noise():
             self.engine.backward(objective)
@@ -473,6 +511,7 @@ class Trainer:
             "loss": None if failed else _number(sum(losses) / len(losses)),
             "parameters": names,
             "documents": sorted(documents),
+            **({"module": self._look.first} if self._look.first else {}),
             **({"errors": [line for _, line, _ in self._failures]} if self._failures else {}),
         }
         everyone: list[dict[str, Any]] = [{}] * self.engine.world_size
@@ -516,7 +555,8 @@ class Trainer:
         if self.judge.bad_steps > self.config.stability.dump_batches:
             return
         folder = self.run_folder / "bad_batches" / f"step_{self.step}_at_{self.loader.position}"
-        error = attempt(lambda: dump(folder, self.engine.rank, batches, noise["torch"]))
+        pieces = [in_pieces(batch, self.length) for batch in batches]
+        error = attempt(lambda: dump(folder, self.engine.rank, pieces, noise["torch"]))
         if error:
             logger.warning(f"{folder}: the batch could not be written ({error})")
 
@@ -561,7 +601,9 @@ class Trainer:
             "schedule": {
                 "adaptive": self.adaptive.state_dict(),
                 "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
+                "micro_batches": self.batch_sizes.count,
             },
+            "tokens": self.tokens,
             "heldout_loss": _number(self.heldout),
             "probe": self._probe(),
             "heldout_step": self.evaluated_at,
@@ -587,6 +629,7 @@ class Trainer:
             self.adaptive.load_state_dict(schedule["adaptive"])
             if self.noise_scale and schedule["noise_scale"]:
                 self.noise_scale.load_state_dict(schedule["noise_scale"])
+            self.batch_sizes.load(schedule.get("micro_batches"))
         stability = state["stability"]
         self.judge.load_state_dict(stability["judge"])
         self._trouble_from = stability["trouble_from"]
@@ -594,6 +637,12 @@ class Trainer:
         if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
             self._targets = targets
         self.step, self.evaluated_at = state["step"], state["heldout_step"]
+        if "tokens" in state:
+            self.tokens = state["tokens"]
+        else:  # from when every step had as many
+            training = self.config.training
+            per_step = training.batch_size * training.gradient_accumulation_steps * self.config.data.max_length
+            self.tokens = self.step * per_step
         if state["heldout_loss"] is not None:
             self.heldout = state["heldout_loss"]
         return checkpoint
@@ -618,7 +667,7 @@ class Trainer:
         sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
-        passes = self.config.training.gradient_accumulation_steps * self.engine.world_size
+        passes = self.micro_batches * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
         self._pace.heard(means[-len(paces_W) :])
         signals, failed_saves, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
@@ -732,13 +781,14 @@ class Trainer:
         if self._metrics is None or self._bar is None:
             return
         self._metrics.write(record)
-        self._bar.advance(record["loss"])
-        due = self.step % self.config.logging.log_steps == 0
-        if due and (paces := self._pace.report(self.step)):
+        first = self._bar.steps_done == 0
+        self._bar.advance(record["loss"], record.get("steps", 1))
+        if self.step % self.config.logging.log_steps == 0 and (paces := self._pace.report(self.step)):
             self._metrics.write(paces)
             if slow := pace.line(paces):
                 logger.warning(f"step {self.step}: {slow}")
-        if due or self._bar.steps_done == 1:
+        every = 1 if self.config.training.mode == "debug" else self.config.logging.log_steps
+        if self.step % every == 0 or first:
             logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
 
     @contextmanager
@@ -777,6 +827,7 @@ def _blame(culprits: list[dict[str, Any]]) -> str:
 
     return "; ".join(
         f"rank {each['rank']}: documents {some(each['documents'])}"
+        + (f", {each['module']}" if "module" in each else "")
         + (f", parameters {some(each['parameters'])}" if each["parameters"] else "")
         + "".join(f", {error}" for error in each.get("errors", []))
         for each in culprits

@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint, beside others' ways to save the same state.
 
-    OMP_NUM_THREADS=1 python -m bench.checkpoint [--repeats 7]
+    OMP_NUM_THREADS=1 python -m bench.checkpoint [--repeats 5]
 
 One rank trains a mixture of experts of 38 M parameters (456 MB of weights and moments). In turn, after a step each:
 
@@ -50,7 +50,7 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ava_bench_") as name:
         folder = Path(name)
@@ -92,10 +92,9 @@ def measure(trainer: Trainer, folder: Path, repeats: int) -> dict[str, Any]:
         "repeats": repeats,
         "parameters": trainer.parameters,
         "state_bytes": sum(tensor.nbytes for tensor in _state(trainer).values()),
-        "training_waits": {name: machine.spread(values) for name, values in counted.items()},
-        "stall_as_share_of": {
-            name: machine.spread_of_ratios(stall, values) for name, values in counted.items() if values is not stall
-        },
+        "contenders": {name: machine.spread(values) for name, values in counted.items()},
+        "ratios": {name: machine.spread_of_ratios(values, stall) for name, values in counted.items()},
+        "stall_as_share_of_blocking": machine.spread_of_ratios(stall, counted["ours, blocking"]),
         "step_without_a_save": machine.spread(steps[-repeats:]),
     }
 

@@ -32,7 +32,7 @@ SUITES: dict[str, tuple[int, float, list[str]]] = {
     "experts": (0, 2.0, ["--budget", "{m}"]),
     "training_step": (0, 3.0, ["--budget", "{m}", *SIZES]),
     "loader": (1, 0.5, ["--tokens", "60"]),
-    "data": (0, 0.9, []),
+    "data": (0, 0.9, ["--mb", "8", "--runs", "3"]),
     "checkpoint": (0, 0.5, []),
     "startup": (1, 0.8, []),
 }
@@ -55,7 +55,6 @@ def main() -> int:
         command = [sys.executable, "-m", f"bench.{name}", *(word.replace("{m}", share) for word in arguments)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
         variables["CUDA_VISIBLE_DEVICES"] = ""  # bench-gpu is for that
-        variables.setdefault("BENCH_DATA_COPIES", "6")
         if subprocess.run(command, cwd=machine.ROOT, env=variables).returncode:
             failed.append(name)
     print(f"{(time.monotonic() - started_at) / 60:.1f} minutes; {machine.RESULTS}")

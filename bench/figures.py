@@ -86,6 +86,9 @@ def _rows(suite: str, contents: dict[str, Any]) -> Iterator[Row]:
     elif suite == "gradients":
         size = f"{contents['elements'] / 1e6:,.0f} M elements in {contents['tensors']:,} tensors"
         yield from _contenders(contents, size, contents["ratios"])
+    elif suite == "checkpoint":
+        size = f"training waits for {contents['parameters'] / 1e6:,.0f} M parameters with their moments"
+        yield from _contenders(contents, size, contents["ratios"])
     elif suite == "data":
         for name, rate in contents["mb_per_second"].items():
             seconds = contents["seconds"]

@@ -55,6 +55,15 @@ FEATURES = {
     "gradient surgery, adaptive": ["stability.gradient_surgery=adaptive"],
     "gradient surgery, adaptive, bf16": ["stability.gradient_surgery=adaptive", BF16],
 }
+# What a run sees when, in one row: each by itself is in tests/schedule.
+FEATURES["curricula: lengths, batches and difficulty"] = [
+    "curriculum.length.shape=linear",
+    "curriculum.length.start=8",
+    "curriculum.batch.shape=cyclical",
+    "curriculum.batch.period=3",
+    "curriculum.difficulty.measure=rarity",
+]
+FEATURES["debug mode"] = ["training.mode=debug"]
 # What goes with no ZeRO stage.
 REFUSED = [
     ["deepspeed.zero_stage=0", "stability.gradient_surgery=pcgrad", "training.gradient_accumulation_steps=1"],
@@ -70,6 +79,12 @@ REFUSED = [
     ["stability.window=8", "stability.max_skips=8"],
     ["training.learning_rate=0.001", "training.lr_end=0.01"],
     ["training.max_steps=10", "training.warmup_steps=11"],
+    ["data.max_length=128", "curriculum.length.shape=linear", "curriculum.length.start=48"],
+    ["data.max_length=128", "curriculum.length.shape=stages", "curriculum.length.stages=[64, 32]"],
+    ["curriculum.batch.shape=noise_scale", "training.noise_scale_steps=0"],
+    ["curriculum.batch.shape=cyclical", "deepspeed.zero_stage=0", "stability.gradient_surgery=pcgrad"],
+    ["curriculum.difficulty.measure=loss", "curriculum.difficulty.reference=null"],
+    ["training.mode=debug", "training.compile=true"],
 ]
 SAVED = ["deepspeed.zero_stage=1"]  # of the checkpoint that is resumed
 RESUMED = {

@@ -17,13 +17,13 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ava_fast.data.order import Mixture, Shuffle
+from ava_fast.data.order import Mixture, Places, Shuffle
 from ava_fast.data.shards import TokenStream, read_index
 from ava_fast.errors import UserError
 
@@ -54,6 +54,12 @@ class Source(NamedTuple):
 
 Shards = str | Path | Sequence[Source]
 """One folder, or several sources."""
+
+
+class Order(Protocol):
+    """Which row of a source comes at each place: a `Shuffle`, or what is passed in its place."""
+
+    def at(self, places: Places) -> Places: ...
 
 
 def sources_of(shards: Shards) -> list[Source]:
@@ -118,8 +124,10 @@ class Batches:
         world_size: int = 1,
         document_attention: bool = False,
         pin: bool = False,
+        orders: Sequence[Order] | None = None,
     ):
-        """`batch_size` counts sequences over all ranks; `pin` puts them into page-locked memory.
+        """`batch_size` counts sequences over all ranks; `pin` puts them into page-locked memory. `orders`: of the
+        sources, one each, in place of a shuffle.
 
         Raises UserError as `open_sources` does, or where the ranks cannot share a batch equally.
         """
@@ -131,7 +139,9 @@ class Batches:
         self.batch_size, self._rank, self._rows = batch_size, rank, batch_size // world_size
         self._document_attention, self._pin = document_attention, pin
         self.mixture = Mixture([source.weight for source in sources_of(shards)])
-        self._shuffles = [Shuffle(len(own), seed=seed, stream=number) for number, own in enumerate(self.sources)]
+        self._orders = orders or [
+            Shuffle(len(own), seed=seed, stream=number) for number, own in enumerate(self.sources)
+        ]
         self._block: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     @property
@@ -184,9 +194,9 @@ class Batches:
         """(source, sequence) of each place of a block."""
         sources, numbers = self.mixture.at(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
         indices = np.empty_like(numbers)
-        for source, shuffle in enumerate(self._shuffles):
+        for source, order in enumerate(self._orders):
             own = sources == source
-            indices[own] = shuffle.at(numbers[own])
+            indices[own] = order.at(numbers[own])
         return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 

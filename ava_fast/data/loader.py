@@ -13,16 +13,23 @@ B is sequences per rank, S is max_length.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ava_fast.data.batches import Batch, Batches, Shards, open_sources, sources_of
+from ava_fast.data.batches import Batch, Batches, Order, Shards, open_sources, sources_of
 from ava_fast.data.order import ORDER_VERSION, Mixture
 from ava_fast.errors import UserError
+
+
+class NamedOrder(Order, Protocol):
+    """`identity` says in words what must be the same for a place to mean the same."""
+
+    identity: str
 
 
 class TokenLoader:
@@ -40,9 +47,10 @@ class TokenLoader:
         world_size: int = 1,
         document_attention: bool = False,
         prefetch: int = 0,
+        orders: Sequence[NamedOrder] | None = None,
     ):
         """`batch_size` counts sequences over all ranks. `prefetch` batches are read ahead by a thread, into page-locked
-        memory where there is CUDA. `document_attention` adds cu_seqlens to each batch.
+        memory where there is CUDA. `document_attention` adds cu_seqlens to each batch. `orders`: see Batches.
 
         Raises UserError as Batches does.
         """
@@ -56,7 +64,9 @@ class TokenLoader:
             world_size=world_size,
             document_attention=document_attention,
             pin=prefetch > 0 and torch.cuda.is_available(),
+            orders=orders,
         )
+        self._order = "a shuffle" if orders is None else "; ".join(order.identity for order in orders)
         self._seed, self._max_length = seed, max_length
         self._ahead = _Ahead(self.batches, prefetch) if prefetch else None
         self.position = 0
@@ -109,6 +119,7 @@ class TokenLoader:
             "order_version": ORDER_VERSION,
             "seed": self._seed,
             "max_length": self._max_length,
+            "order": self._order,
             "fingerprint": self.batches.fingerprint,
         }
 
@@ -124,7 +135,8 @@ class TokenLoader:
                 f"order {ORDER_VERSION}; go on with the release that saved it, or start anew from its weights"
             )
         now = self.state_dict()
-        keys = {"seed": "training.seed", "max_length": "data.max_length"}
+        state = {"order": "a shuffle", **state}  # all there was, before the order was saved
+        keys = {"seed": "training.seed", "max_length": "data.max_length", "order": "curriculum.difficulty"}
         changes = [f"{keys[name]} was {state[name]}, is {now[name]}" for name in keys if state[name] != now[name]]
         if state["fingerprint"] != now["fingerprint"]:
             folders = [str(source.folder) for source in self.batches.sources]

@@ -303,12 +303,12 @@ def training_texts(plan: Plan, validation_fraction: float, passed: Callable[[int
             passed(batch.read)
 
 
-def progress_bar(total: int, description: str, progress: bool) -> tqdm[NoReturn]:
-    """Bytes, MB/s and ETA on stderr, for what takes more than two seconds, on a terminal."""
+def progress_bar(total: int, description: str, progress: bool, unit: str = "B") -> tqdm[NoReturn]:
+    """Bytes, or what `unit` says, a second and ETA on stderr, for what takes more than two seconds, on a terminal."""
     return tqdm(
         total=total,
         desc=description,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         delay=BAR_DELAY_SECONDS,
         disable=None if progress else True,  # None: only on a terminal

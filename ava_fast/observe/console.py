@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 def step_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
     """`step 120/1000 | loss 3.2101 | lr 4.00e-03 | norm 0.41 | reroute 4.1 % | 11,800 tok/s | MFU 41.2 % | ETA 1:15`.
 
-    What overflowed, as a mean over blocks, is only there where something did.
+    What overflowed, as a mean over blocks, is only there where something did; lengths and batches where they change.
     """
     parts = [
         f"step {record['step']}/{max_steps}",
@@ -33,6 +33,10 @@ def step_line(record: dict[str, Any], max_steps: int, eta: float) -> str:
         f"lr {record['learning_rate']:.2e}",
         f"norm {record['grad_norm']:.2f}",
     ]
+    if "sequence_length" in record:
+        parts.append(f"length {record['sequence_length']:,}")
+    if "micro_batches" in record:
+        parts.append(f"micro-batches {record['micro_batches']}")
     for word, key in (("reroute", "rerouted"), ("drop", "dropped")):
         shares = record.get("routing", {}).get(key)
         if shares and any(shares):
@@ -60,10 +64,10 @@ class StepBar:
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
-    def advance(self, loss: float) -> None:
-        self.steps_done += 1
+    def advance(self, loss: float, steps: int = 1) -> None:
+        self.steps_done += steps
         self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self._bar.update()
+        self._bar.update(steps)
 
     def eta(self) -> float:
         """Seconds to the end at this launch's pace so far, evaluations and saves included."""

@@ -90,14 +90,14 @@ def _rows(
     if steps:
         # The first steps warm caches up; the median is what the run settles at.
         seconds = sorted(step["seconds"] for step in steps)
-        tokens = steps[-1]["tokens"] / steps[-1]["step"]
+        rates = sorted(step["tokens_per_second"] for step in steps)
         rows += [
             ("steps", f"{steps[-1]['step']:,}"),
             ("tokens", f"{steps[-1]['tokens']:,}"),
             ("training loss, last step", f"{steps[-1]['loss']:.4f} nats per token"),
             ("median step", f"{1000 * seconds[len(seconds) // 2]:.0f} ms"),
-            ("tokens per second, median step", f"{tokens / seconds[len(seconds) // 2]:,.0f}"),
-            ("time in steps", duration(sum(seconds))),
+            ("tokens per second, median step", f"{rates[len(rates) // 2]:,.0f}"),
+            ("time in steps", duration(sum(step["seconds"] * step.get("steps", 1) for step in steps))),
         ]
         if noise := [step["noise_scale"] for step in steps if step.get("noise_scale")]:
             rows.append(("gradient noise scale", f"{noise[-1]:,.0f} sequences a step; batches up to about that pay"))

@@ -28,11 +28,11 @@ def active_parameters(config: Config) -> int:
     return model.num_layers * attention + mlps + M * model.vocab_size
 
 
-def flops_per_token(config: Config) -> float:
-    """Of forward and backward, in sequences of `data.max_length`: 6 per active parameter, and causal attention's
+def flops_per_token(config: Config, length: int) -> float:
+    """Of forward and backward, in sequences of `length` (S): 6 per active parameter, and causal attention's
     6 · layers · heads · D · S (4·S·D per head and layer forward, halved by the mask, three times with backward).
     Recomputed activations do not count."""
-    attention = 6 * config.model.num_layers * config.model.num_heads * config.head_dim * config.data.max_length
+    attention = 6 * config.model.num_layers * config.model.num_heads * config.head_dim * length
     return 6.0 * active_parameters(config) + attention
 
 

@@ -35,7 +35,7 @@ def test_flops_are_those_of_the_matrix_products(overrides: list[str]) -> None:
     seen = ops.aten.mm, ops.ava_kernels.moe_mlp, ops.ava_kernels.moe_mlp_backward
     products = sum(counts.get(op, 0) for op in seen)
     causal_attention = 3 * 3 * 2 * (2 * 2 * 8 * 32 * 32) // 2  # forward + 2 × backward, layers, heads, half masked
-    assert products + unseen + causal_attention == 32 * flops_per_token(config)
+    assert products + unseen + causal_attention == 32 * flops_per_token(config, config.data.max_length)
 
 
 def test_active_parameters_leave_out_idle_experts_and_the_look_up() -> None:
@@ -121,6 +121,7 @@ def test_the_report_tells_what_metrics_hold(tmp_path: Path) -> None:
             "grad_norm": 1.0,
             "seconds": 0.5,
             "tokens": 64 * s,
+            "tokens_per_second": 128.0,
         }
         for s in (1, 2)
     ]
@@ -146,7 +147,8 @@ def test_the_report_shows_how_each_block_routed(
     steps = []
     for step in (1, 2, 3):
         routing = {"utilisation": [0.5, 0.25 * step], "entropy": [1.0, 0.9], "rerouted": [rerouted, 0.0]}
-        loss = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.5, "tokens": 64 * step}
+        loss = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "seconds": 0.5}
+        loss |= {"tokens": 64 * step, "tokens_per_second": 128.0}
         steps.append({"kind": "step", "step": step, **loss, "routing": {**routing, "dropped": [0.0, 0.0]}})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     figures = []

@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 from ava_fast import train
 from ava_fast.trainer import Trainer
@@ -12,11 +13,11 @@ if __name__ == "__main__":
     more = int(sys.argv[1]) * 2**20
     run = Trainer.run
 
-    def limited(trainer: Trainer) -> None:
+    def limited(trainer: Trainer, *rest: Any) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        run(trainer)
+        run(trainer, *rest)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     Trainer.run = limited  # type: ignore[method-assign]

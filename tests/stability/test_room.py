@@ -172,7 +172,7 @@ def seen(root: Path) -> dict[Any, dict[str, Any]]:
     file = str(write_config(root / "c.yaml", write_corpus(root / "text")))
     data = load_config(file).data
     shards = str(prepare(data.data_dir, data.cache_dir, vocab_size=load_config(file).model.vocab_size))
-    return run_on_ranks(exercise, 2, file, shards, root)[0]
+    return run_on_ranks(exercise, 2, file, shards, root, timeout=300.0)[0]
 
 
 def steps(run: dict[str, Any]) -> list[dict[str, Any]]:

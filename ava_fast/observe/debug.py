@@ -1,0 +1,80 @@
+"""`training.mode: debug`: looks at what every module gives, and asks torch for deterministic algorithms.
+
+    look = CloseLook(model, config.training)
+    with look:
+        ...
+        look.first      # the first module whose output was not finite since `look.begin()`, or None
+
+Every look waits for the device: for finding a fault, not for training.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ava_fast.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+class CloseLook:
+    """Does nothing in the other modes."""
+
+    first: str | None
+    """`blocks.1.mlp: 3 of 4,096 values are not finite`; the innermost module, in the order of the forward pass."""
+
+    def __init__(self, model: nn.Module, training: TrainingConfig):
+        self._model, self._training = model, training
+        self._on, self._shapes, self.first = ExitStack(), True, None
+
+    def __enter__(self) -> CloseLook:
+        if self._training.mode != "debug":
+            return self
+        for name, module in self._model.named_modules():
+            handle = module.register_forward_hook(functools.partial(self._look, name or "the model"))
+            self._on.callback(handle.remove)
+        self._on.enter_context(torch.autograd.set_detect_anomaly(self._training.detect_anomaly))
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self._on.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._on.close()
+
+    def begin(self) -> None:
+        """A step begins. The first one's shapes go into debug.log, module by module."""
+        self.first = None
+
+    def end(self) -> None:
+        self._shapes = False
+
+    def _look(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = list(_tensors(output))
+        if self._shapes:
+            shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
+            logger.debug(f"{name} ({type(module).__name__}) gives {shapes}")
+        if self.first is not None:
+            return
+        for tensor in tensors:
+            if tensor.is_floating_point() and (bad := int((~tensor.detach().isfinite()).sum())):
+                self.first = f"{name}: {bad:,} of {tensor.numel():,} values are not finite"
+                logger.debug(self.first)
+                return
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
