@@ -214,11 +214,10 @@ def sm90_faults(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> list[st
 
 def compiled(architecture: int = 90, cases: str = "", cache: Path | None = None) -> list[dict[str, Any]]:
     """The rows of `bench.sm90`, with the tiles that ship, or those of a folder of the user's own."""
-    variables = {
-        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "AVA_KERNELS_CACHE")
-    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
+        variables = {**os.environ, "AVA_KERNELS_CACHE": str(cache or folder)}
+        variables.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-m", "bench.sm90", "--architecture", str(architecture), "--cases", cases]
         subprocess.run(
             [*command, "--json", path],

@@ -55,7 +55,7 @@ def here(tmp_path):
             "contenders": {"ours": TIMES, "torch": TIMES | {"median_ms": 18.0}},
         },
         "ceilings_cpu": {"matmul": TIMES | {"tflops": 2.0}, "copy": TIMES | {"gb_per_second": 20.0}},
-        "checkpoint_cpu": {"stall": {"in the background": TIMES}},  # a suite that the report knows nothing of
+        "resharding_cpu": {"stall": {"in the background": TIMES}},  # a suite that the report knows nothing of
     }
     (tmp_path / "results").mkdir()
     for name, content in contents.items():
