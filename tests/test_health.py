@@ -92,13 +92,13 @@ def hang(folder: Path) -> None:
         watch.enter("anything")
         if dist.get_rank() == 1:
             watch.enter("step")
-            time.sleep(60)
+            time.sleep(90)
         dist.barrier()
 
 
 def test_a_rank_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
-        run_on_ranks(hang, 2, tmp_path, timeout=30.0)
+        run_on_ranks(hang, 2, tmp_path)
     said = (tmp_path / "logs" / "stuck_rank_1.txt").read_text()
     assert "because of rank 1: in phase step for more than distributed.timeout_step (1 s)" in said
     assert "test_health.py" in said
