@@ -1,6 +1,7 @@
 # make demo    installs, trains a small mixture of experts on real text, shows it generate
-# make test    installs and runs everything that CI runs: lint, types, tests
-# make bench   times a training step, experts, attention, routing, gradient statistics, loader and start-up beside their peers
+# make test    installs and runs everything that CI runs: lint, types, tests, and the guard against slower code
+# make bench   times every operation and path on a CPU beside its peers, in ten minutes, and writes docs/benchmarks.md
+# make chaos   kills runs and nodes, damages checkpoints and lets disks fail, at length: docs/reliability.md and elastic.md
 # make bench-gpu [BUDGET=minutes]   checks and times every kernel on an NVIDIA GPU; installs nothing
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 BUDGET ?= 8
 
-.PHONY: demo test bench bench-gpu format clean
+.PHONY: demo test bench chaos bench-gpu format clean
 
 demo: $(VENV)/.installed
 	@ranks=$$($(BIN)/python -c 'import torch; print(1 if torch.cuda.is_available() else 2)') && \
@@ -23,18 +24,16 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m bench.guard cpu instructions
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m bench.startup
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.loader
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.overhead
 	$(PIP) --no-build-isolation -e ".[bench]"
-	$(BIN)/python -m bench.data
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.gradients
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.routing
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.experts
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.attention
-	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m bench.training_step
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.report
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_elastic
 
 # Air-gapped: with the Python that is there, and this code where it lies.
 bench-gpu:

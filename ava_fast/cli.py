@@ -8,6 +8,8 @@
     ava-fast generate outputs/runs/run_… --prompt 'def main('
     ava-fast export outputs/runs/run_… --output exported
     ava-fast import Mixtral-folder --output imported
+    ava-fast memory plan --config configs/demo.yaml --world-size 8
+    ava-fast profile --config configs/demo.yaml --steps 5
     ava-fast find-lr --config configs/demo.yaml --write
     ava-fast sweep --config configs/demo.yaml --set training.learning_rate=1e-3,3e-3
     ava-fast checkpoint list outputs/runs/run_…
@@ -29,7 +31,8 @@ from ava_fast import find_lr, sweep
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.commands import add_checkpoint_commands
 from ava_fast.checkpoint.source import read_source
-from ava_fast.config import load_config
+from ava_fast.compatibility import world_size_conflicts
+from ava_fast.config import ConfigError, load_config
 from ava_fast.data.commands import add_data_commands
 from ava_fast.errors import Interrupted, TrainingError, UserError
 
@@ -44,11 +47,39 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _preflight(options: argparse.Namespace) -> int:
-    from ava_fast.preflight import run_checks, table
+    from ava_fast.distributed.machine import examine_alone
+    from ava_fast.preflight import Check, run_checks, table
 
-    checks = run_checks(load_config(options.config, options.override), options.world_size)
+    config = load_config(options.config, options.override)
+    checks = run_checks(config, options.world_size) + [Check(*row) for row in examine_alone(config)]
     print(table(checks))
     return 0 if all(check.ok for check in checks) else UserError.exit_code
+
+
+def _memory_plan(options: argparse.Namespace) -> int:
+    from ava_fast.stability.plan import plan
+
+    config = load_config(options.config, options.override)
+    faults = world_size_conflicts(config, options.world_size)
+    if faults:
+        raise ConfigError(options.config, faults)
+    print("\n".join(plan(config, options.world_size)))
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from ava_fast.engine import close_distributed, init_distributed
+    from ava_fast.profiling import profile
+
+    if options.steps < 1:
+        raise UserError(f"--steps: is {options.steps}; give at least 1")
+    config = load_config(options.config, options.override)
+    init_distributed(config)
+    try:
+        profile(config, options.steps)
+    finally:
+        close_distributed()
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -132,9 +163,22 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_preflight)
 
     add_data_commands(commands)
+    command = commands.add_parser("memory", help="what a configuration needs")
+    memory = command.add_subparsers(required=True, metavar="plan")
+    command = memory.add_parser("plan", help="memory of a rank, by configuration, and which device has it")
+    command.add_argument("--config", required=True)
+    command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    command.add_argument("--world-size", type=int, default=1, help="ranks, default 1")
+    command.set_defaults(command=_memory_plan)
     find_lr.add_command(commands, lambda source: read_source(source)[0])
     sweep.add_command(commands)
     add_checkpoint_commands(commands)
+
+    command = commands.add_parser("profile", help="where the time and memory of a training step go")
+    command.add_argument("--config", required=True)
+    command.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    command.add_argument("--steps", type=int, default=5, help="that are profiled (default: 5)")
+    command.set_defaults(command=_profile)
 
     command = commands.add_parser("generate", help="continue a text")
     command.add_argument("source", help="a run, a checkpoint or an imported folder")

@@ -8,6 +8,8 @@ from typing import Any
 from ava_fast.config import Config, Fault
 from ava_fast.data.order import LONGEST_CYCLE, cycle
 
+MAX_HEAD_DIM = 256  # ava_kernels.attention's, without the second that importing torch takes
+
 # Of sections `model` and `moe`: what changes how a model is trained, not what it is. The last three also say how an
 # evaluation with a capacity overflows, but it is `eval_capacity_factor` that makes it another function.
 TUNABLE = {"jitter", "aux_loss_weight", "z_loss_weight", "initializer_range", "capacity_factor"}
@@ -30,6 +32,8 @@ def conflicts(config: Config) -> list[Fault]:
         )
     elif config.head_dim % 2:
         refuse("model.head_dim", config.head_dim, "an even number: the rotation turns pairs")
+    elif config.head_dim > MAX_HEAD_DIM:
+        refuse("model.head_dim", config.head_dim, f"at most {MAX_HEAD_DIM}, as attention has it: more model.num_heads")
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         refuse("model.num_kv_heads", model.num_kv_heads, f"a divisor of model.num_heads ({model.num_heads})")
     if model.num_dense_layers > model.num_layers:

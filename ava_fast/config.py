@@ -374,6 +374,12 @@ class MemoryConfig(Section):
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in backward."""
+    micro_batch: Positive | None = None
+    """Sequences of a rank in one forward pass, at most: its share of `training.batch_size` is taken in as many passes
+    as that needs, and the batch of a step stays what it is. None: all in one."""
+    on_out_of_memory: Literal["ladder", "stop"] = "ladder"
+    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, one after the
+    other, and the same step again; or a clean stop."""
 
 
 class CheckpointConfig(Section):
@@ -389,6 +395,8 @@ class CheckpointConfig(Section):
     """Of those saved at a step that was evaluated, so many with the lowest held-out loss are kept as well."""
     asynchronous: bool = True
     """Write while training goes on, from a copy in the host's memory: 12 bytes per parameter, shared by the ranks."""
+    remote: str | None = None
+    """A URL, as s3://bucket/folder, that finished checkpoints are copied to while training goes on."""
     when_busy: Literal["wait", "skip"] = "wait"
     """When a checkpoint is due while the last one is still being written: wait for that, or leave this one out."""
 
@@ -415,6 +423,24 @@ class DistributedConfig(Section):
 
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
     """A collective that takes longer ends the run."""
+    heartbeat_seconds: Annotated[int, Field(ge=0, le=86400)] = 60
+    """A rank whose process gives no sign of life for so long is ended. 0: never."""
+    timeout_start: Annotated[int, Field(ge=1, le=10**6)] = 1800
+    """Seconds that loading and the first step may take; a rank that takes longer is ended. Preparing data may take any
+    time."""
+    timeout_step: Annotated[int, Field(ge=1, le=10**6)] = 900
+    """Seconds that each later step may take."""
+    timeout_evaluate: Annotated[int, Field(ge=1, le=10**6)] = 3600
+    """Seconds that an evaluation may take."""
+    timeout_save: Annotated[int, Field(ge=1, le=10**6)] = 3600
+    """Seconds that a checkpoint may take."""
+    health_checks: Literal["off", "quick", "full"] = "quick"
+    """What of each rank's machine is measured and compared before the run: in a tenth of a second, or in some seconds.
+    GPUs are asked for their state through NVML, if nvidia-ml-py is installed, and through dcgmi."""
+    health_ratio: Annotated[float, Field(gt=1)] = 3.0
+    """A rank that computes or copies so many times slower than the others' median is refused."""
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """A rank whose own work in a step takes more than so many times the others' median is named."""
 
 
 class DeepspeedConfig(Section):

@@ -38,7 +38,9 @@ from torch import Tensor, nn
 
 from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_shard
 from ava_fast.config import Config
+from ava_fast.distributed.rendezvous import is_shared, meet
 from ava_fast.errors import UserError
+from ava_fast.parts import part
 
 
 def init_distributed(config: Config) -> None:
@@ -51,11 +53,18 @@ def init_distributed(config: Config) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if "WORLD_SIZE" in os.environ:
+    os.environ.setdefault(
+        "TORCH_FR_BUFFER_SIZE", "500"
+    )  # the flight recorder's last collectives: see distributed.stuck
+    if is_shared():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meet(rank, world_size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    elif "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's stubs do not re-export it
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        own: Any = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's stubs do not re-export it
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=0, world_size=1)
     _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
 
 
@@ -153,7 +162,8 @@ class Engine:
         """
         self._decide, self._decided, self._stats, self._lr, self._passes = decide, False, None, None, 0
         try:
-            self._engine.step()
+            with part("optimizer"):
+                self._engine.step()
             if not self._decided:  # DeepSpeed was told that it is not finite and has not asked AdamW
                 decide(self._norm)
         finally:
@@ -333,9 +343,13 @@ class Engine:
             weights[name] = _fp32_on_cpu(full) if self.rank == 0 else torch.empty(0)
         return weights if self.rank == 0 else None
 
-    def close(self) -> None:
-        """Ends DeepSpeed's hooks and the process group. The engine is of no use afterwards."""
+    def release(self) -> None:
+        """Ends DeepSpeed's hooks. The engine is of no use afterwards; another may take its place."""
         self._engine.destroy()
+
+    def close(self) -> None:
+        """`release`, and the end of the process group."""
+        self.release()
         close_distributed()
 
     def _adamw(self) -> torch.optim.AdamW:

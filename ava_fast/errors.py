@@ -27,3 +27,11 @@ class Interrupted(Exception):
     """The run was asked to stop, finished its step and saved; `--resume latest` continues it."""
 
     exit_code = 75
+
+
+class Ended(Exception):
+    """The run had ended for good when torchrun started its workers anew: they leave as they did then."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

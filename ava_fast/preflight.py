@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ava_fast.checkpoint import remote
 from ava_fast.compatibility import world_size_conflicts
 from ava_fast.config import Config
 from ava_fast.data.corpus import scan
@@ -22,9 +23,9 @@ from ava_fast.data.tokenizer import load_tokenizer, vocabulary_size
 from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.run import runs_folder
+from ava_fast.stability.plan import GIB, state_bytes
 
 NEEDED = {"torch": "2.11", "deepspeed": "0.19.8", "tokenizers": "0.22", "pydantic": "2.10"}
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,13 @@ def _memory(config: Config, world_size: int) -> str:
     return f"{parameters:,} parameters, {needed / GIB:.2f} GiB a rank without activations, {free / GIB:.1f} GiB {where}"
 
 
-def state_bytes(parameters: int, config: Config, world_size: int) -> int:
-    """Bytes on one rank of weights, fp32 gradients, fp32 masters and AdamW's moments."""
-    stage = config.deepspeed.zero_stage
-    bf16 = config.training.precision == "bf16"
-    weights = (2 if bf16 else 4) * parameters // (world_size if stage == 3 else 1)
-    gradients = 4 * parameters // (world_size if stage >= 2 else 1)
-    masters = 4 * parameters if bf16 or stage > 0 else 0  # ZeRO keeps a flat fp32 copy in either precision
-    optimizer = (masters + 8 * parameters) // (world_size if stage >= 1 else 1)
-    return weights + gradients + optimizer
-
-
 def _output(config: Config) -> str:
     folder = runs_folder(config)
+    if config.checkpoint.remote is not None:
+        try:
+            remote.check(config.checkpoint.remote)
+        except UserError as error:
+            raise UserError(f"checkpoint.remote: {error}; choose another, or null") from None
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -71,7 +71,7 @@ def _baselines(trainer: Trainer) -> Baselines:
     folders = [source.folder for source in trainer.loader.batches.sources]
     indices = [read_index(folder) for folder in folders]
     streams = [TokenStream(folder, index, "train") for folder, index in zip(folders, indices, strict=True)]
-    arrays = [array for stream in streams for array in stream.arrays]
+    arrays = [array for stream in streams for array in stream.arrays()]
     return ngram_baselines(arrays, trainer.heldout_NS1, indices[0].vocab_size)
 
 

@@ -23,17 +23,20 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ava_fast.checkpoint import store
+from ava_fast.checkpoint import remote, store
 from ava_fast.compatibility import model_differences, world_size_conflicts
 from ava_fast.config import Config, ConfigError, dump_config, load_config
 from ava_fast.data.batches import Source
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import is_prepared
+from ava_fast.distributed import elastic
+from ava_fast.distributed.health import Watch
+from ava_fast.distributed.machine import examine
 from ava_fast.engine import close_distributed, init_distributed
-from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
+from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
-from ava_fast.observe.run import logging_started, new_run, newest_run, say, start_logging, stop_logging
-from ava_fast.preflight import run_checks, table
+from ava_fast.observe.run import logging_started, new_run, newest_run, runs_folder, say, start_logging, stop_logging
+from ava_fast.preflight import Check, run_checks, table
 from ava_fast.summary import finish, finished_lines
 from ava_fast.trainer import Trainer
 
@@ -60,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             _run(config, options, started_at)
         finally:
             close_distributed()
-    except (UserError, TrainingError, Interrupted) as error:
+    except (UserError, TrainingError, Interrupted, Ended) as error:
         return _leave(error)
     except OSError as error:  # a log or the metrics, on a disk that filled up
         logger.debug("stopped by", exc_info=True)
@@ -71,38 +74,108 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: Config, options: argparse.Namespace, started_at: float) -> None:
-    _on_rank_0(lambda: _preflight(config))
-    checkpoints = _on_rank_0(lambda: _checkpoints(config, options))
-    run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
+    agents = elastic.agents()
+    past = _on_rank_0(lambda: elastic.look_back(config, agents))
+    if past and past.ended:
+        raise Ended(f"{past.run_folder} has ended for good: {past.ended[1]}", past.ended[0])
+    _examine(config)
+    if past:
+        run_folder, checkpoints = past.run_folder, past.checkpoints
+    else:
+        _on_rank_0(lambda: _preflight(config))
+        checkpoints = _on_rank_0(lambda: _checkpoints(config, options))
+        run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
+    try:
+        if _rank() == 0:
+            elastic.begin(run_folder, agents, past, checkpoints)
+        _train(config, run_folder, checkpoints, past, options.reset_optimizer and past is None, started_at)
+    except (UserError, TrainingError) as error:
+        if _rank() == 0 and not isinstance(error, LostRank):
+            elastic.end(run_folder, error.exit_code, str(error))
+        raise
+
+
+def _train(
+    config: Config,
+    run_folder: Path,
+    checkpoints: list[Path],
+    past: elastic.Past | None,
+    reset_optimizer: bool,
+    started_at: float,
+) -> None:
     start_logging(run_folder if _rank() == 0 else None)
     logger.info(f"run {run_folder}")
-    shards = prepare_data(config)
-    weights = None if checkpoints else initial_weights(config)
-    trainer = Trainer(config, run_folder, shards, weights)
+    if past:
+        _tell_restart(past)
+    elif advice := elastic.advice():
+        logger.warning(advice)
+    ended: TrainingError | Interrupted | None = None
+    with Watch(config.distributed, run_folder) as watch:
+        watch.enter("prepare")
+        shards = prepare_data(config)
+        watch.enter("start")
+        trainer = _trainer(config, run_folder, shards, checkpoints, past, reset_optimizer)
+        tokens = trainer.loader.sequences_per_epoch * config.data.max_length
+        logger.info(
+            f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) "
+            f"on {trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
+            f"ready after {time.time() - started_at:.1f} s"
+        )
+        try:
+            trainer.run(watch)
+        except (TrainingError, Interrupted) as error:
+            ended = error
+    if ended is None:
+        finish(trainer, "finished", started_at)
+        trainer.keeper.uploaded()
+        if _rank() == 0:
+            elastic.end(run_folder, 0, "it has finished")
+        return
+    if isinstance(ended, LostRank) and (attempts := elastic.attempts_left()):
+        logger.error(f"torchrun starts the workers anew, {attempts} time(s) at most")
+        raise ended  # the report can wait until the run ends, the run need not
+    if isinstance(ended, Interrupted):  # by torchrun itself where a node joins
+        elastic.lost(run_folder, str(ended))
+    try:
+        finish(trainer, "interrupted" if isinstance(ended, Interrupted) else "stopped", started_at)
+    except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
+        logger.warning(f"the report could not be written: {unwritten}")
+    trainer.keeper.uploaded()
+    if not isinstance(ended, LostRank):
+        # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    raise ended
+
+
+def _trainer(
+    config: Config,
+    run_folder: Path,
+    shards: list[Source],
+    checkpoints: list[Path],
+    past: elastic.Past | None,
+    reset_optimizer: bool,
+) -> Trainer:
+    """At the place in the run from which it goes on."""
+    trainer = Trainer(config, run_folder, shards, None if checkpoints else initial_weights(config))
     if checkpoints:
-        checkpoint = trainer.load(*checkpoints, optimizer=not options.reset_optimizer)
+        checkpoint = trainer.load(*checkpoints, optimizer=not reset_optimizer)
         logger.info(f"resuming after step {trainer.step} from {checkpoint}")
+    if past:
+        if not checkpoints:
+            trainer.loader.avoid = store.avoided(trainer.checkpoints)
+        trainer.restarted = past.record(trainer.step)
     if _rank() == 0:
         (run_folder / "config.yaml").write_text(dump_config(config))
-    tokens = trainer.loader.sequences_per_epoch * config.data.max_length
-    logger.info(
-        f"{trainer.parameters:,} parameters, {tokens:,} training tokens an epoch, {dist.get_world_size()} rank(s) on "
-        f"{trainer.engine.device.type}, ZeRO-{config.deepspeed.zero_stage}, {config.training.precision}; "
-        f"ready after {time.time() - started_at:.1f} s"
-    )
-    try:
-        trainer.run()
-    except (TrainingError, Interrupted) as error:
-        try:
-            finish(trainer, "interrupted" if isinstance(error, Interrupted) else "stopped", started_at)
-        except OSError as unwritten:  # of a full disk, say: the reason why the run ended matters more
-            logger.warning(f"the report could not be written: {unwritten}")
-        if not isinstance(error, LostRank):
-            # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()
-        raise
-    finish(trainer, "finished", started_at)
+    return trainer
+
+
+def _tell_restart(past: elastic.Past) -> None:
+    logger.warning(f"started anew after step {past.step}: {past.reason}")
+    if not past.checkpoints:
+        logger.warning("there is no checkpoint yet: from the beginning")
+    if past.world_size != dist.get_world_size():
+        logger.warning(f"the run goes on with {dist.get_world_size()} rank(s) instead of {past.world_size}")
 
 
 def _on_rank_0(action: Callable[[], Result]) -> Result:
@@ -119,6 +192,16 @@ def _on_rank_0(action: Callable[[], Result]) -> Result:
     return outcome[0]  # type: ignore[return-value]
 
 
+def _examine(config: Config) -> None:
+    """Every rank's machine. Collective; raises UserError on every rank."""
+    rows = [Check(*row) for row in examine(config)]
+    failed = [f"{row.name}: {row.detail}" for row in rows if not row.ok]
+    if _rank() == 0 and (failed or config.distributed.health_checks == "full"):
+        say(table(rows))
+    if failed:
+        raise UserError("the health checks refused the run: " + "; ".join(failed))
+
+
 def _preflight(config: Config) -> None:
     checks = run_checks(config, dist.get_world_size())
     failed = [check for check in checks if not check.ok]
@@ -133,6 +216,8 @@ def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
         if options.reset_optimizer:
             raise UserError("--reset-optimizer: needs --resume; a new run has a fresh optimizer anyway")
         return []
+    if remote.is_url(options.resume):
+        return remote.download(options.resume, runs_folder(config))
     if options.resume != "latest":
         return store.candidates(Path(options.resume))
     run = newest_run(config)
@@ -145,6 +230,8 @@ def _checkpoints(config: Config, options: argparse.Namespace) -> list[Path]:
 def _finished(config: Config, options: argparse.Namespace) -> str | None:
     """The closing lines of the run that `--resume` names, if it has finished with these very settings."""
     if options.resume is None:
+        return None
+    if remote.is_url(options.resume):
         return None
     run = newest_run(config) if options.resume == "latest" else Path(options.resume)
     return finished_lines(run, config) if run else None
@@ -188,9 +275,11 @@ def initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-def _leave(error: UserError | TrainingError | Interrupted) -> int:
+def _leave(error: UserError | TrainingError | Interrupted | Ended) -> int:
     if _rank() != 0:
-        if isinstance(error, LostRank):  # rank 0 may wait for this one in a collective, until it is gone
+        if (
+            isinstance(error, LostRank) or not error.exit_code
+        ):  # rank 0 may wait for this one in a collective, until it is gone
             return error.exit_code
         # torchrun ends the other ranks as soon as one has left: rank 0 speaks first.
         time.sleep(3)
@@ -224,7 +313,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ava_fast.train", description="Trains a model.")
     parser.add_argument("--config", required=True, help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="repeatable")
-    parser.add_argument("--resume", metavar="latest|PATH", help="continue the newest run of this name, or this one")
+    parser.add_argument("--resume", metavar="latest|PATH|URL", help="continue the newest run of this name, or this one")
     parser.add_argument("--reset-optimizer", action="store_true", help="with --resume: a fresh AdamW state")
     parser.add_argument("--data-dir", help="same as --override data.data_dir=…")
     parser.add_argument("--experiment-name", help="same as --override logging.experiment_name=…")

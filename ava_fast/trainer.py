@@ -8,7 +8,8 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.generators import generator_states, restore_generators, seed_generators
 from ava_fast.checkpoint.keeper import Keeper
+from ava_fast.compatibility import conflicts
 from ava_fast.config import Config
-from ava_fast.data.batches import Batch, Shards, sources_of
+from ava_fast.data.batches import Batch, Shards, cut, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
+from ava_fast.distributed import elastic, pace, stuck
 from ava_fast.distributed.health import Watch
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
@@ -32,14 +35,16 @@ from ava_fast.observe.console import StepBar, duration, step_line
 from ava_fast.observe.debug import CloseLook
 from ava_fast.observe.run import EVALUATION_LOG, Metrics
 from ava_fast.observe.throughput import flops_per_token, peak_flops
+from ava_fast.parts import part
 from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate
 from ava_fast.schedule.length import in_pieces, sequence_length
 from ava_fast.schedule.micro_batches import MicroBatches
 from ava_fast.schedule.noise_scale import NoiseScale
 from ava_fast.schedule.scores import easy_first
-from ava_fast.stability import surgery
+from ava_fast.stability import room, surgery
 from ava_fast.stability.failures import (
+    MADE_ROOM,
     PAUSES,
     RETRIED,
     attempt,
@@ -65,9 +70,12 @@ class Trainer:
     def __init__(
         self, config: Config, run_folder: Path, shards: Shards, weights: dict[str, torch.Tensor] | None = None
     ):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rows = config.training.batch_size // world_size
+        config = room.kept(run_folder, config, rows)
         self.config, self.shards = config, sources_of(shards)[0].folder
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._room = room.Room.of(config, rows)
         training = config.training
         self.loader = TokenLoader(
             shards,
@@ -88,8 +96,7 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         if weights is not None:
             model.load_state_dict(weights)
-        self.engine = Engine(model, config)
-        self.keeper = Keeper(self.checkpoints, self.engine, config, self.shards / "tokenizer.json")
+        self._build(model)
         seed_generators(training.seed + 1 + rank)  # different noise on each
         self.judge = Judge(config.stability, training.adaptive_lr.emergency_factor)
         self.adaptive = AdaptiveRate(training)
@@ -124,6 +131,15 @@ class Trainer:
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
+        self._pace = pace.Pace(
+            rank,
+            world_size,
+            config.distributed.straggler_ratio,
+            config.logging.log_steps,
+            cuda=self.engine.device.type == "cuda",
+        )
+        self.restarted: dict[str, Any] | None = None
+        """The record of the restart that this run goes on from; see distributed.elastic."""
         self._metrics: Metrics | None = None  # on rank 0, while it runs
         self._bar: StepBar | None = None
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
@@ -131,15 +147,24 @@ class Trainer:
         self._unshown = (0, 0, 0.0)  # steps, tokens and seconds since the last step record
         self._look = CloseLook(model, training)
 
-    def run(self) -> None:
-        """Trains from the current step to `max_steps`, evaluates and saves at the end.
+    def _build(self, model: Transformer) -> None:
+        self.engine = Engine(model, self.config)
+        self.keeper = Keeper(self.checkpoints, self.engine, self.config, self.shards / "tokenizer.json")
+
+    def run(self, watch: Watch | None = None) -> None:
+        """Trains from the current step to `max_steps`, evaluates and saves at the end. `watch`: one that is open.
 
         Raises Interrupted after SIGTERM or SIGINT, with the finished steps saved, and TrainingError where training
         cannot go on: LostRank on every rank if one of them failed while others waited for it.
         """
-        with Watch() as watch, self._watched(), self._signals_noted(), self._look:
+        if watch is None:
+            with Watch(self.config.distributed, self.run_folder) as watch:
+                self.run(watch)
+            return
+        self._pace.hosts = [peer.host for peer in watch.peers]
+        with self._watched(), self._signals_noted(), self._look:
             try:
-                self._run()
+                self._run(watch)
             except (TrainingError, Interrupted):
                 raise
             except Exception as error:
@@ -147,8 +172,9 @@ class Trainer:
                 logger.debug("this rank fails", exc_info=True)
                 raise self._lost(error, watch) from error
 
-    def _run(self) -> None:
+    def _run(self, watch: Watch) -> None:
         config = self.config
+        watch.enter("start")
         while self.step < config.training.max_steps:
             ruling, interrupted = self._step()
             if ruling.verdict is Verdict.STOP:
@@ -156,14 +182,19 @@ class Trainer:
             if ruling.verdict is Verdict.ROLL_BACK:
                 self._roll_back()
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
+                watch.enter("evaluate")
                 self._evaluate()
             if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
+                watch.enter("save")
                 self.save(wait=bool(interrupted))
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
+            watch.enter("step")
+        watch.enter("evaluate")
         if self.evaluated_at != self.step:
             self._evaluate()
+        watch.enter("save")
         if self.keeper.saved_at != self.step:
             self.save(wait=True)
         self.keeper.settle()
@@ -172,12 +203,18 @@ class Trainer:
     def advance(self) -> tuple[Ruling, float]:
         """One step of a loop that is not `run` → the ruling, and the loss as a mean over ranks. Collective."""
         ruling, _ = self._step()
+        while not ruling.apply and ruling.trouble is None:  # the same step again, in less memory
+            ruling, _ = self._step()
         return ruling, self.loss
 
     def _step(self) -> tuple[Ruling, int]:
-        """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0)."""
+        """One optimizer step, or none, as the judge rules → the ruling, and the signal that asks to stop (or 0).
+
+        Where the step did not fit into memory and there is a way that takes less, none is taken, and the loader and the
+        generators are back where they were: the next call takes the same step.
+        """
         training, engine = self.config.training, self.engine
-        started_at, noise = time.perf_counter(), generator_states()
+        started_at, noise, start = time.perf_counter(), generator_states(), self.loader.position
         batches, positions, seen = [], [], []
         self._failures, self._lost_step, self._gradients = [], False, []
         self.micro_batches, self.length = self.batch_sizes.at(self.step), sequence_length(self.step, self.config)
@@ -185,13 +222,16 @@ class Trainer:
         engine.model.train()
         self._look.begin()
         for _ in range(self.micro_batches):
-            batches.append(self._read())
+            with part("data"), self._pace:
+                batches.append(self._read())
             positions.append(self.loader.position - training.batch_size)
             self._stretch = positions[0], max(positions[0] + sequences, self.loader.position)
             seen.append(self._compute(batches[-1]))
         totals = self._over_ranks(torch.stack(seen).sum(0))
         self._stretch = None
         (loss, balance_loss, z_loss, square), routing, requested_LE, failures, interrupted = totals
+        if self._makes_room(failures, start, noise):
+            return Ruling(Verdict.SKIP, False, 1.0), interrupted
         self.loss = loss
         lr = self.rate(self.step) * self.batch_sizes.rate_factor(self.micro_batches)
         ruling = Ruling(Verdict.SKIP, False, 1.0)
@@ -229,7 +269,8 @@ class Trainer:
             change = self.adaptive.observe(self.step, loss, result.grad_norm)
             if self._measures_noise():
                 assert self.noise_scale is not None
-                self.noise_scale.update(square, result.grad_norm**2, big=sequences)
+                parts = len(self._parts(batches[0]))
+                self.noise_scale.update(square, result.grad_norm**2, big=sequences, parts=parts)
                 regrouped = self.batch_sizes.observe(self.noise_scale.sequences)
         self.step += 1
         self._look.end()
@@ -313,27 +354,96 @@ class Trainer:
         """
         engine, (L, E) = self.engine, self._routed
         figures = torch.zeros(4 + 4 * L + L * E, dtype=torch.float64, device=engine.device)
-        if self._lost_step:
-            return figures
-        try:
-            output = self._forward(batch)
-            if engine.collectives == "step":
-                square = self._backward(output)
-                if self.config.stability.gradient_surgery != "none":
-                    self._gradients.append(engine.take_gradient())
-        except Exception as error:
-            if engine.collectives == "forward":
-                raise
-            logger.debug("an exception in the model", exc_info=True)
-            self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
-            self._lost_step = True
-        if engine.collectives == "backward":
-            self._lost_step = not engine.all_agree(not self._lost_step)
-        if self._lost_step:
-            return figures
-        if engine.collectives != "step":
-            square = self._backward(output)
-        return _figures(output, square)
+        for piece, share in self._parts(batch):
+            if self._lost_step:
+                return figures
+            try:
+                with self._pace if engine.collectives != "forward" else nullcontext():
+                    output = self._forward(piece)
+                    if engine.collectives == "step":
+                        square = self._backward(output, share)
+            except Exception as error:
+                if engine.collectives == "forward":
+                    raise
+                logger.debug("an exception in the model", exc_info=True)
+                self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
+                self._lost_step = True
+            if engine.collectives == "backward":
+                self._lost_step = not engine.all_agree(not self._lost_step)
+            if self._lost_step:
+                return figures
+            if engine.collectives != "step":
+                square = self._backward(output, share)
+            figures += _figures(output, square, share)
+        if self.config.stability.gradient_surgery != "none":  # of ZeRO 0 only
+            self._gradients.append(engine.take_gradient())
+        return figures
+
+    def _parts(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """A micro-batch in pieces of at most `memory.micro_batch` sequences, each with its share of it."""
+        rows, most = len(batch[0]), self._room.micro_batch
+        if rows <= most:
+            return [(batch, 1.0)]
+        return [(cut(batch, at, min(at + most, rows)), min(most, rows - at) / rows) for at in range(0, rows, most)]
+
+    def _makes_room(self, failures: dict[Trouble, int], start: int, noise: dict[str, Any]) -> bool:
+        """Whether the step is to be taken again in another way: as it did not fit, or to see how large a micro-batch
+        does. Collective."""
+        now, memory = self._room, self.config.memory
+        if Trouble.MEMORY in failures and memory.on_out_of_memory == "ladder":
+            then = self._next_rung()
+            why = f"{Trouble.MEMORY.value} on {failures[Trouble.MEMORY]} rank(s) with {now}"
+        elif now.searching and not failures:
+            then, why = now.passed(), f"{now} are enough"
+        else:
+            return False
+        if then is None:
+            return False
+        if not failures and then.micro_batch == now.micro_batch:  # found, and this very step has passed with it
+            self._take(then, f"{why}, and stay")
+            return False
+        self.engine.discard()
+        self.loader.position = start
+        if then.zero_stage != now.zero_stage:
+            restore_generators(noise)
+            self._rebuild(then)
+        self._take(then, f"{why}; the same step again with {then}")
+        restore_generators(noise)
+        return True
+
+    def _next_rung(self) -> room.Room | None:
+        may_shard = not conflicts(room.with_room(self.config, replace(self._room, zero_stage=2)))
+        return self._room.more(self.engine.world_size, may_shard=may_shard)
+
+    def _take(self, then: room.Room, said: str) -> None:
+        """From now on steps are taken so."""
+        self._room, self.config = then, room.with_room(self.config, then)
+        model = self.engine.model
+        assert isinstance(model, Transformer)
+        model.recompute = then.recompute
+        self.judge.counts[MADE_ROOM] += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._keep(then)
+        if self._metrics:
+            self._metrics.write({"kind": "memory", "step": self.step, "reason": said, **asdict(then)})
+        logger.warning(f"after step {self.step}: {said}")
+
+    def _keep(self, then: room.Room) -> None:
+        if self.engine.rank == 0 and (error := attempt(lambda: room.keep(self.run_folder, then))):
+            logger.warning(f"{self.run_folder / room.FILE}: could not be written ({error})")
+
+    def _rebuild(self, then: room.Room) -> None:
+        """The same run, as it stands, in another ZeRO stage: through a checkpoint."""
+        self.save(wait=True)
+        self._note_saves()
+        self.keeper.settle()
+        checkpoint = self.checkpoints / f"step_{self.step}"
+        self.engine.release()
+        self.config = room.with_room(self.config, then)
+        del self.engine, self.keeper  # there is no room for two
+        self._build(Transformer(self.config))
+        self.load(checkpoint)
 
     def _operate(self) -> surgery.Matrix:
         """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
@@ -360,15 +470,17 @@ class Trainer:
         output: Output = self.engine(*(t.to(self.engine.device, non_blocking=True) for t in pieces))
         return output
 
-    def _backward(self, output: Output) -> torch.Tensor:
-        """→ the squared norm of this rank's own gradient of the micro-batch, 0-d; 0 where it is not asked for."""
+    def _backward(self, output: Output, share: float) -> torch.Tensor:
+        """Adds the gradient of a part that is `share` of its micro-batch → the squared norm of the part's own on this
+        rank, 0-d; 0 where it is not asked for."""
         N = self.micro_batches
+        objective = output.objective * share / N
         if not self._measures_noise():
-            self.engine.backward(output.objective / N)
+            self.engine.backward(objective)
             return torch.zeros((), device=self.engine.device)
         with self.engine.squared_gradients() as squares:
-            self.engine.backward(output.objective / N)
-        return N**2 * torch.stack(squares).sum()
+            self.engine.backward(objective)
+        return torch.stack(squares).sum() * (N / share) ** 2
 
     def _culprits(
         self,
@@ -387,8 +499,8 @@ class Trainer:
         if ruling.trouble is Trouble.GRADIENT:
             restore_generators(noise)
             with self.engine.nonfinite_gradients() as names:
-                for batch in batches:
-                    self._backward(self._forward(batch))
+                for piece, share in (each for batch in batches for each in self._parts(batch)):
+                    self._backward(self._forward(piece), share)
             self.engine.step(lambda _: None)
         bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
         bad += [position for _, _, position in self._failures]
@@ -477,6 +589,7 @@ class Trainer:
     def save(self, *, wait: bool = False, emergency: bool = False) -> None:
         """Begins to write `checkpoints/step_N`; with `wait` or `emergency` it is on the disk afterwards. `emergency`:
         not one to roll back to while there is another. Raises TrainingError if it or the last one cannot be written."""
+        started_at = time.perf_counter()
         state = {
             "data": self.loader.state_dict(),
             "stability": {
@@ -495,7 +608,7 @@ class Trainer:
             "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
-        self.keeper.save(self.step, state, wait=wait or emergency)
+        self.keeper.save(self.step, state, wait=wait or emergency, since=started_at)
 
     def _probe(self) -> dict[str, Any]:
         """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
@@ -547,14 +660,17 @@ class Trainer:
         own = {trouble for trouble, _, _ in self._failures}
         health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
         health += [trouble in own for trouble in FAILURES]
-        shared = torch.cat((figures, figures.new_tensor(health)))
-        dist.all_reduce(shared)
-        sums, requested, health_H = shared.split((4 + 4 * L, L * E, len(health)))
+        paces_W = self._pace.share()
+        shared = torch.cat((figures, figures.new_tensor([*health, *paces_W])))
+        with part("communication"):
+            dist.all_reduce(shared)
+        sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.micro_batches * self.engine.world_size
-        means = torch.cat((sums / passes, utilisation_L, health_H)).tolist()
-        signals, failed_saves, retries, *failed = means[-len(health) :]
+        means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
+        self._pace.heard(means[-len(paces_W) :])
+        signals, failed_saves, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
         if failed_saves:
             self.keeper.settle()
         self._count_retries(int(retries))
@@ -569,10 +685,8 @@ class Trainer:
 
     def _note_saves(self) -> None:
         """Those that have been finished since the last call."""
-        while self.keeper.news:
-            record = self.keeper.news.pop(0)
-            if self._metrics:
-                self._metrics.write(record)
+        while self._metrics and self.keeper.news:
+            self._metrics.write(self.keeper.news.pop(0))
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
@@ -610,6 +724,8 @@ class Trainer:
         note = watch.note(3.0 if network else 0.0)
         if note is None:
             reason = in_a_line(error)
+            if "timed out" in str(error).lower():
+                stuck.record(self.run_folder, self.engine.rank, in_a_line(error), f"step {self.step + 1}")
             if network:
                 reason = f"a collective failed, as another rank has died or cannot be reached ({reason})"
             memory = is_out_of_memory(error)
@@ -622,11 +738,19 @@ class Trainer:
         assert note is not None
         if note.at_fault and stretch is not None and self.engine.rank == 0:
             attempt(lambda: store.avoid(self.checkpoints, stretch))
-        advice = f"{more_room(self.config)}, then" if "out of memory" in note.reason.lower() else "Go on with"
+        elastic.lost(self.run_folder, f"rank {note.rank} failed: {note.reason}")
+        advice = "Go on with"
+        if "out of memory" in note.reason.lower():
+            then = self._next_rung() if self.config.memory.on_out_of_memory == "ladder" else None
+            if then is None:
+                advice = f"{more_room(self.config)}, then"
+            else:
+                self._keep(then)
+                advice = f"It goes on with {then}, by"
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
-            resumable=network,
+            resumable=network or note.hung,
         )
 
     @contextmanager
@@ -636,6 +760,8 @@ class Trainer:
             yield
             return
         self._watch()
+        if self.restarted and self._metrics:
+            self._metrics.write(self.restarted)
         try:
             yield
         finally:
@@ -657,6 +783,10 @@ class Trainer:
         self._metrics.write(record)
         first = self._bar.steps_done == 0
         self._bar.advance(record["loss"], record.get("steps", 1))
+        if self.step % self.config.logging.log_steps == 0 and (paces := self._pace.report(self.step)):
+            self._metrics.write(paces)
+            if slow := pace.line(paces):
+                logger.warning(f"step {self.step}: {slow}")
         every = 1 if self.config.training.mode == "debug" else self.config.logging.log_steps
         if self.step % every == 0 or first:
             logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
@@ -677,10 +807,11 @@ class Trainer:
                 signal.signal(number, signal.SIG_IGN if self._leaving else handler)
 
 
-def _figures(output: Output, square: torch.Tensor) -> torch.Tensor:
-    """What is added up over micro-batches and ranks, in one float64 vector: counts stay whole."""
+def _figures(output: Output, square: torch.Tensor, share: float) -> torch.Tensor:
+    """What is added up over parts, micro-batches and ranks, in one float64 vector: counts stay whole."""
     losses_4 = torch.stack((output.loss, output.balance_loss, output.z_loss, square))
-    return torch.cat((losses_4, output.routing.flatten(), output.requested.flatten().double()))
+    means = torch.cat((losses_4, output.routing.flatten())).double() * share
+    return torch.cat((means, output.requested.flatten().double()))
 
 
 def _number(value: float) -> float | None:

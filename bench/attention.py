@@ -228,7 +228,7 @@ def run(device: str, size: Size, runs: int, without: list[str]) -> Iterator[dict
     ready = {name: attend for name, attend in known.items() if name not in failed}
     cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
-    for turn in range(WARM_UP + runs):
+    for turn in machine.turns(WARM_UP + runs, f"attention {size.key()}"):
         for name, attend in ready.items():
             yield {"at": name}
             out: list[Tensor] = []
@@ -246,9 +246,12 @@ def run(device: str, size: Size, runs: int, without: list[str]) -> Iterator[dict
     pairs = sum((end - start) ** 2 for start, end in itertools.pairwise(size.ends()))
     flops = 4 * size.H_q * size.D * pairs / (1 if size.mask == "full" else 2)
     first = next(iter(seconds), None)
+    heads = size.B * size.S * size.D * (size.H_q + size.H_kv) * dtype.itemsize  # queries and keys, or out and values
     yield {
         "row": {
             "size": size._asdict(),
+            "flops": {"forward": flops, "backward": 2.5 * flops},
+            "bytes": {"forward": 2 * heads, "backward": 4 * heads},  # q k v out; these and their gradients
             "contenders": {
                 name: {
                     **{

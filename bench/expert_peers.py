@@ -170,7 +170,7 @@ def _sort(expert: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, row.view_as(expert), count.cumsum(0, dtype=torch.int32)
 
 
-def _composition(x: Tensor, gate_up: Tensor, down: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+def by_grouped_mm(x: Tensor, gate_up: Tensor, down: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
     (T, K), E = expert.shape, len(gate_up)
     order, row_TK, ends = _sort(expert, E)
     h = F.grouped_mm(_Permute.apply(x, order // K, row_TK), gate_up.mT, offs=ends)
@@ -182,12 +182,12 @@ def _composition(x: Tensor, gate_up: Tensor, down: Tensor, expert: Tensor, weigh
 
 def composition(problem: Problem) -> Contender:
     p = problem
-    return _plain(p, lambda x: _composition(x, p.gate_up, p.down, p.expert, p.weight))
+    return _plain(p, lambda x: by_grouped_mm(x, p.gate_up, p.down, p.expert, p.weight))
 
 
 def compiled(problem: Problem) -> Contender:
     torch._dynamo.config.recompile_limit = 64  # one for every size; beyond it, it would run uncompiled
-    p, compose = problem, torch.compile(_composition, dynamic=False, fullgraph=True)
+    p, compose = problem, torch.compile(by_grouped_mm, dynamic=False, fullgraph=True)
     return _plain(p, lambda x: compose(x, p.gate_up, p.down, p.expert, p.weight))
 
 

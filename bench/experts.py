@@ -100,8 +100,10 @@ def main() -> int:
     parser.add_argument("--without", action="append", default=[], help="a contender to leave out; repeatable")
     parser.add_argument("--processes", action="store_true", help="work in a second process on a CPU too")
     parser.add_argument("--only-quick", action="store_true", help="without contenders that are slow to compile")
+    parser.add_argument("--name", help="of the file of results; experts_cpu or experts_cuda if left out")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    name = options.name or f"experts_{options.device}"
     sizes = options.size or SIZES[options.device]
     if options.rows:
         numbers = [int(n) for n in options.rows.split(",")]
@@ -112,7 +114,11 @@ def main() -> int:
         parser.error(f"--runs is {options.runs}; quartiles need at least 3")
     quick = options.budget is not None and options.budget < 60
     patience = options.patience or (max(90.0, 10 * options.budget) if quick else 1200.0)
-    events = run(options.device, sizes, options.runs, options.without, quick, patience, not options.only_quick)
+    # On a GPU a size takes little time once all are ready; on a CPU nothing is left out.
+    allotted = 50 * options.budget / 2 / len(sizes) if options.budget and options.device == "cpu" else float("inf")
+    events = run(
+        options.device, sizes, options.runs, options.without, quick, patience, not options.only_quick, allotted
+    )
     if options.worker:
         with options.worker.open("a") as file:
             for event in events:
@@ -135,10 +141,10 @@ def main() -> int:
             continue
         result["sizes"] = list(rows.values())
         result["not_run"] = [f"{size}, {load}" for size in sizes for load in LOADS if (*size, load) not in rows]
-        machine.write(f"experts_{options.device}", result)
-        if time.monotonic() > deadline:
+        machine.write(name, result)
+        if time.monotonic() > deadline and options.device == "cuda":
             break
-    print(machine.write(f"experts_{options.device}", result))
+    print(machine.write(name, result))
     return 0 if result["sizes"] else 1
 
 
@@ -243,10 +249,18 @@ def follow(command: list[str], path: Path, deadline: float, patience: float) -> 
 
 
 def run(
-    device: str, sizes: list[Size], runs: int, without: list[str], quick: bool, patience: float, slow: bool
+    device: str,
+    sizes: list[Size],
+    runs: int,
+    without: list[str],
+    quick: bool,
+    patience: float,
+    slow: bool,
+    allotted: float = float("inf"),
 ) -> Iterator[dict[str, Any]]:
     """Events: {"at": the contender about to run, or None}, {"row": figures of a size and load}, {"done": a size}.
-    Without `slow`, those that take long to compile and tune themselves have no part in it."""
+    A size and load takes `allotted` seconds to time, or as long as the least runs take. Without `slow`, those that take
+    long to compile and tune themselves have no part in it."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for size in sizes:
         yield {"at": None, "size": size.key(), "patience": 5 * patience}
@@ -277,7 +291,7 @@ def run(
                             raise ValueError(f"wrong: relative errors {wrong}")
                     _free(device)
                 del small, exact
-            yield from _time(problem, ready, device, runs, size, load, failed, errors)
+            yield from _time(problem, ready, device, runs, size, load, failed, errors, allotted)
             del problem, ready
             _free(device)
         yield {"done": size.key()}
@@ -323,12 +337,13 @@ def _time(
     load: str,
     failed: dict[str, str],
     errors: dict[str, dict[str, float]],
+    allotted: float,
 ) -> Iterator[dict[str, Any]]:
     T, M, I, E, K = size
     cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     memory: dict[str, dict[str, int]] = {}
-    for run in range(WARM_UP + runs):
+    for run in machine.turns(WARM_UP + runs, f"{size}, {load}", allotted):
         for name, contender in ready.items():
             yield {"at": name, "size": size.key()}
             leaves = [problem.x, *contender.leaves]
@@ -348,11 +363,17 @@ def _time(
                 memory[name] = _memory(problem, contender)
     count = torch.bincount(problem.expert.flatten().long(), minlength=E).double()
     flops = {"forward": 6 * T * M * I * K, "backward": 12 * T * M * I * K}
+    # Each once: x, out, h and the weights; then dout, x, dx, h, the weights and their gradients.
+    rows, weights = T * M, 3 * E * M * I
+    elements = {"forward": 2 * rows + 2 * T * K * I + weights, "backward": 3 * rows + 2 * T * K * I + 2 * weights}
     row: dict[str, Any] = {
         "name": str(size),
         "size": list(size),
         "routing": load,
+        "runs": min((len(times["forward"]) for times in seconds.values()), default=0),
         "load": (count.max() / count.mean()).item(),
+        "flops": flops,
+        "bytes": {direction: problem.x.element_size() * count for direction, count in elements.items()},
         "kept_floor": problem.x.element_size() * (T * M + 2 * T * K * I),
         "contenders": {
             name: {

@@ -6,9 +6,12 @@
 
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
-(`bench.check`); how fast this GPU multiplies and copies; `bench.experts`, `bench.attention`, `bench.routing` and
-`bench.gradients` in what is left of the time. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how
-every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU.
+(`bench.check`); how fast this GPU multiplies and copies; the operations at the shapes of published models (`SHARES`);
+better tiles for the experts where they are less ahead of a peer than they should be, and these timed again; a whole
+training step. What one does not use of its share of the time is left to the others. Results are JSON files in
+`bench/results`: `gpu_cuda.json` tells how every step went and is rewritten after each. The exit code is 0 if all went
+well, 1 if not, 2 without a GPU. `python -m bench.guard gpu` then compares with the baseline, `python -m bench.report`
+makes the page.
 
 Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
 `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
@@ -43,7 +46,19 @@ CHECKS = [
     *(("attention", dtype) for dtype in ("bfloat16", "float16", "float32")),
     *((name, None) for name in ("routing", "counting_sort", "rows", "grouped_mm", "rotary", "gradients")),
 ]
-RESERVED = 50  # seconds that routing and gradients are each left by what comes before
+# Of the time that is left after checks and ceilings; the most telling first.
+SHARES = {
+    "experts": 0.33,
+    "attention": 0.25,
+    "routing": 0.05,
+    "gradients": 0.06,
+    "rotary": 0.03,
+    "loss": 0.04,
+    "tuning": 0.10,
+    "experts, tuned": 0.04,
+    "training step": 0.10,
+}
+AHEAD = {"grouped_mm": 1.5, "liger": 1.3}  # what ratio to a peer the experts should have; tuned where they have less
 # Python sees what this module cannot: whether the extension loads, with which halves.
 FIND_EXTENSION = (
     "import sys; from ava_kernels.gradients.op import _find_extension; sys.exit(not _find_extension('cuda'))"
@@ -88,22 +103,48 @@ class Session:
         with ThreadPoolExecutor(1 if cpu else len(CHECKS)) as pool:
             wrong = [case for cases in pool.map(self.check, CHECKS) for case in cases if not case["ok"]]
         print(f"{len(wrong)} cases are wrong", flush=True)
-        self.step("ceilings", ["-c", "from bench.gpu import ceilings; ceilings()"], 60)
-        left = 0.65 * (self.left() - 2 * RESERVED)
-        rows = ["--rows", "0", "--runs", "3"] if cpu else []
-        command = ["-m", "bench.experts", "--device", self.device, "--budget", f"{max(left, 1) / 60:.2f}", *rows]
-        self.step("experts", command, left + 20)
-        left = self.left() - 2 * RESERVED
-        tiny = ["--size", "1,32,2,1,16,causal", "--runs", "3"] if cpu else []
-        command = ["-m", "bench.attention", "--device", self.device, "--budget", f"{max(left, 1) / 60:.2f}", *tiny]
-        self.step("attention", command, left + 20)
-        self.step("routing", ["-m", "bench.routing", *(["--tokens", "256", "--runs", "3"] if cpu else [])], 120)
-        sizes = ["--elements", "100000", "--tensors", "50", "--runs", "3"] if cpu else []
-        self.step("gradients", ["-m", "bench.gradients", *sizes], 120)
+        self.step("ceilings", ["-m", "bench.ceilings", *(["--size", "256", "--floats", "100000"] if cpu else [])], 60)
+        self.measure()
         bad = {name: step["status"] for name, step in self.result["steps"].items() if step["status"] != "ok"}
         print(f"not well: {bad}" if bad else "all steps went well")
         print(machine.RESULTS / f"gpu_{self.device}.json")
         return int(bool(bad or wrong))
+
+    def measure(self) -> None:
+        cpu = self.device == "cpu"
+        for name in SHARES:
+            if (arguments := self.arguments(name, cpu)) is not None:
+                self.step(name, arguments, self.allotted(name) + 20)
+
+    def allotted(self, name: str) -> float:
+        """Seconds: of what is left, its share among those that are still to come."""
+        later = list(SHARES.values())[list(SHARES).index(name) :]
+        return max(5.0, self.left() * SHARES[name] / sum(later))
+
+    def arguments(self, name: str, cpu: bool) -> list[str] | None:
+        """Of Python, or None where there is nothing to do."""
+        budget = ["--budget", f"{self.allotted(name) / 60:.2f}"]
+        few = ["--runs", "3"] if cpu else []
+        if name in ("routing", "gradients"):
+            small = {"routing": ["--tokens", "256"], "gradients": ["--elements", "100000", "--tensors", "50"]}[name]
+            return ["-m", f"bench.{name}", *(small + few if cpu else [])]
+        if name in ("rotary", "loss"):
+            size = {"rotary": "1,32,2,1,16,causal", "loss": "64,16,100"}[name]
+            return ["-m", f"bench.{name}", *(["--size", size, *few] if cpu else [])]
+        if name == "experts":
+            return ["-m", "bench.experts", "--device", self.device, *budget, *(["--rows", "0", *few] if cpu else [])]
+        if name == "attention":
+            small = ["--size", "1,32,2,1,16,causal", *few] if cpu else []
+            return ["-m", "bench.attention", "--device", self.device, *budget, *small]
+        if name == "training step":
+            return ["-m", "bench.training_step", *(["--size", "demo", *few] if cpu else budget)]
+        sizes = behind(machine.RESULTS / f"experts_{self.device}.json")
+        if cpu or not sizes:
+            return None
+        if name == "tuning":
+            return ["-m", "bench.tune", "experts", *budget, "--shapes", *sizes]
+        again = [word for size in sizes for word in ("--size", size)]
+        return ["-m", "bench.experts", *budget, "--only-quick", "--name", "experts_cuda_tuned", *again]
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -148,6 +189,22 @@ class Session:
     def build_extension(self) -> None:
         if self.device == "cuda" and run_python(["-c", FIND_EXTENSION], 60, "cuda", None)["status"] != "ok":
             self.step("build the extension", ["setup.py", "-q", "build_ext", "--inplace"], 150, echo="error")
+
+
+def behind(path: Path) -> list[str]:
+    """The sizes, as `--size` has them, at which the experts are less ahead of a peer than they should be."""
+    try:
+        rows = json.loads(path.read_text())["sizes"]
+    except (OSError, ValueError):
+        return []
+    return list(
+        dict.fromkeys(
+            ",".join(map(str, row["size"]))
+            for row in rows
+            for peer, least in AHEAD.items()
+            if peer in row["ratios"] and any(ratio["median"] < least for ratio in row["ratios"][peer].values())
+        )
+    )
 
 
 def run_python(arguments: list[str], seconds: float, device: str, echo: str | None) -> dict[str, Any]:
@@ -240,27 +297,6 @@ def environment() -> dict[str, Any]:
 def _is_of_interest(distribution: Any) -> bool:
     words = ("torch", "triton", "liger", "sonic", "quack", "cutlass", "megablocks", "grouped", "flash", "transformers")
     return any(word in (distribution.metadata["Name"] or "").lower() for word in words)
-
-
-def ceilings() -> None:
-    """How fast this device multiplies matrices of random numbers and copies: the most that anything can reach."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (256, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn((1 << 28) if device == "cuda" else (1 << 18), device=device)
-    target = torch.empty_like(source)
-    actions = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for run in range(25):
-        for name, action in actions.items():
-            elapsed = machine.timed(action, device)
-            if run >= 5:
-                seconds[name].append(elapsed)
-    found: dict[str, dict[str, Any]] = {name: machine.spread(times) for name, times in seconds.items()}
-    found["matmul"] |= {"size": size, "dtype": str(dtype), "tflops": 2 * size**3 / found["matmul"]["median_ms"] / 1e9}
-    moved = 2 * source.numel() * source.element_size()
-    found["copy"] |= {"bytes_read_and_written": moved, "gb_per_second": moved / found["copy"]["median_ms"] / 1e6}
-    print(json.dumps(found), machine.write(f"ceilings_{device}", found))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def main() -> None:
     tensors = make_tensors(elements, count, dtype, device)
     check(tensors)
     result = {"elements": elements, "tensors": count, "dtype": str(dtype), "runs": options.runs}
+    result["bytes"] = elements * dtype.itemsize  # read
     result |= _measure(tensors, device, options.runs)
     for name, figures in result["contenders"].items():
         print(f"  {name:28} {figures['median_ms']:9.3f} ms  ({figures['q1_ms']:.3f} – {figures['q3_ms']:.3f})")
@@ -109,12 +110,7 @@ def _measure(tensors: list[Tensor], device: str, runs: int) -> dict[str, Any]:
         source = torch.cat([t.flatten() for t in tensors])
         target = torch.empty_like(source)
         contenders["copy"] = lambda: target.copy_(source)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in range(runs + 2):  # the first warm up
-        for name, contender in contenders.items():
-            elapsed = machine.timed(contender, device)
-            if run >= 2:
-                seconds[name].append(elapsed)
+    seconds = machine.alternate(contenders, device, runs, warm_up=2, label="gradients")
     ratios = {name: machine.spread_of_ratios(seconds[name], seconds["ours"]) for name in PEERS}
     ratios["clip"] = machine.spread_of_ratios(seconds["foreach, clip"], seconds["ours, clip"])
     result: dict[str, Any] = {

@@ -1,14 +1,22 @@
-"""What a result needs beside its numbers: hardware, versions, command and date."""
+"""What a result needs beside its numbers: hardware, versions, clocks, commit, command and date; and how to time pairs.
+
+Every file of results is one JSON object: what `describe` says, and then the suite's own: `runs`, the shapes, FLOPs and
+bytes of each row, and for every contender the median and quartiles of its times. A ratio is the median, with quartiles,
+of the ratios of times taken in the same turn: contenders run one after the other in every turn, so a machine that slows
+down slows both halves of a pair.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,26 +24,70 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
+LOAD_BEFORE = os.getloadavg()[0]  # before this process has done anything
+CODE = ("ava_fast", "kernels", "csrc", "configs", "bench/*.py")  # what results depend on
+LEAST_TURNS = 8  # with those that warm up
+VERSIONS = ("torch", "triton", "transformers", "deepspeed", "tokenizers", "datasets")
 
 
 def describe() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
-        "cpu": cpu,
+        "commit": commit(),
+        "cpu": of_cpu("model name") or platform.processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_before": round(LOAD_BEFORE, 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "deepspeed")},
+        "clocks": _clocks(),
+        "versions": {name: installed(name) for name in VERSIONS},
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
 
 
-def _version(name: str) -> str | None:
+def commit() -> str | None:
+    """Of this code: "1a2b3c4", with "+" behind it if files differ from it. Where there is no git, what BENCH_COMMIT
+    says: a copy on a machine of its own does not know where it came from."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *CODE], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def of_cpu(key: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":")[1].strip() for line in lines if line.startswith(key)), None)
+
+
+def _clocks() -> dict[str, Any]:
+    """In MHz, as far as the machine tells: the CPU's now, the GPU's now and at most."""
+    found: dict[str, Any] = {"cpu": float(mhz) if (mhz := of_cpu("cpu MHz")) else None}
+    if torch.cuda.is_available():
+        asked = "clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.splitlines()
+            values = map(str.strip, output[0].split(","))
+            found |= dict(zip(("gpu", "gpu_most", "gpu_memory", "power_limit_watts"), values, strict=False))
+        except (OSError, IndexError, subprocess.SubprocessError):
+            pass
+    return found
+
+
+def installed(name: str) -> str | None:
+    """A package's version."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -62,6 +114,38 @@ def timed(action: Callable[[], object], device: str, before: Callable[[], object
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def turns(count: int, label: str, seconds: float = float("inf")) -> Iterator[int]:
+    """range(count), or as many as `seconds` allow, but LEAST_TURNS; on a terminal, says meanwhile how many are done and
+    how long the rest will take."""
+    shown, started_at = sys.stderr.isatty(), time.monotonic()
+    for turn in range(count):
+        yield turn
+        if turn + 1 >= LEAST_TURNS and time.monotonic() - started_at > seconds:
+            return
+        if shown:
+            left = (time.monotonic() - started_at) / (turn + 1) * (count - turn - 1)
+            line = f"  {label}: {turn + 1} of {count} turns, {left:.0f} s left"
+            print(f"\r{line[:100]:100}", end="" if left else "\r" + " " * 100 + "\r", file=sys.stderr, flush=True)
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]],
+    device: str,
+    runs: int,
+    warm_up: int = 3,
+    label: str = "timing",
+    allotted: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Seconds of `runs` calls of each, or of as many as the allotted seconds allow; all of them once in every turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in turns(warm_up + runs, label, allotted):
+        for name, contender in contenders.items():
+            elapsed = timed(contender, device)
+            if turn >= warm_up:
+                seconds[name].append(elapsed)
+    return seconds
 
 
 def capture(action: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -92,6 +176,11 @@ def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict
     """Median and quartiles of the ratios of paired times."""
     first, median, third = statistics.quantiles([a / b for a, b in zip(numerators, denominators, strict=True)], n=4)
     return {"median": median, "q1": first, "q3": third}
+
+
+def lists_on_a_line(text: str) -> str:
+    """JSON in which a list of numbers takes one line."""
+    return re.sub(r"\[[\d\s,.-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

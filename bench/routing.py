@@ -46,11 +46,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times routing beside torch's softmax, top-k, sort and indexing.")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; fewer runs if they need more")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for E, K in SIZES:
-        row = _measure(options.tokens, E, K, device, options.runs)
+        row = _measure(options.tokens, E, K, device, options.runs, 60 * options.budget / len(SIZES))
         rows.append(row)
         print(f"{E} experts, {K} choices: {row['ratio']:.2f}× the composition", flush=True)
         for name, figures in row["contenders"].items():
@@ -58,7 +59,7 @@ def main() -> None:
     print(machine.write(f"routing_{device}", {"tokens": options.tokens, "runs": options.runs, "sizes": rows}))
 
 
-def _measure(T: int, E: int, K: int, device: str, runs: int) -> dict[str, Any]:
+def _measure(T: int, E: int, K: int, device: str, runs: int, allotted: float) -> dict[str, Any]:
     torch.manual_seed(0)
     even = torch.randn(T, E, device=device)
     logits = {"even": even, "skewed": even + torch.randn(E, device=device)}
@@ -86,17 +87,13 @@ def _measure(T: int, E: int, K: int, device: str, runs: int) -> dict[str, Any]:
         source = torch.randn(2 * T, E, device=device)
         target = torch.empty_like(source)
         contenders["copy of the same bytes"] = lambda: target.copy_(source)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in range(runs + 3):  # the first warm up
-        for name, contender in contenders.items():
-            elapsed = machine.timed(contender, device)
-            if run >= 3:
-                seconds[name].append(elapsed)
+    seconds = machine.alternate(contenders, device, runs, label=f"{E} experts", allotted=allotted)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     row = {
         "experts": E,
         "top_k": K,
         "capacity": capacity,
+        "bytes": 16 * T * E,
         "ratio": median["composition"] / median["ours"],
         "pair_ratios": machine.spread_of_ratios(seconds["composition"], seconds["ours"]),
         "cost_of_capacity": {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import machine
 
-RUNS = 5
+RUNS = 4
 
 
 def main() -> None:

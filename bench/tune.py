@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -146,9 +145,7 @@ def _write(path: Path, generation: str, kernel: str, problem: str, tile: Tile) -
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")
     text = json.dumps(table, indent=1, ensure_ascii=False)
-    written.write_text(
-        re.sub(r"\[[\d\s,]+\]", lambda tile: f"[{' '.join(tile[0][1:-1].split())}]", text) + "\n"
-    )  # a tile a line
+    written.write_text(machine.lists_on_a_line(text) + "\n")
     os.replace(written, path)
     tiles.forget()
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ava_kernels.attention import op
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ava_fast.compatibility import model_differences
+from ava_fast.compatibility import MAX_HEAD_DIM, model_differences
 from ava_fast.config import Config, ConfigError, dump_config, load_config, reference
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,7 @@ def test_values_are_strict(override: str, allowed: str | None) -> None:
     [
         (["model.num_heads=5"], "model.num_heads"),
         (["model.head_dim=3"], "model.head_dim"),
+        (["model.head_dim=258"], "model.head_dim"),
         (["model.num_kv_heads=3"], "model.num_kv_heads"),
         (["model.num_dense_layers=4"], "model.num_dense_layers"),
         (["moe.top_k=9"], "moe.top_k"),
@@ -162,6 +164,10 @@ def test_impossible_combinations_are_refused(overrides: list[str], key: str) -> 
 )
 def test_possible_combinations_are_accepted(overrides: list[str]) -> None:
     load_config(None, overrides)
+
+
+def test_the_widest_head_is_attentions() -> None:
+    assert MAX_HEAD_DIM == op.MAX_HEAD_DIM
 
 
 def test_a_model_is_told_apart_by_what_it_computes_not_by_how_it_is_trained() -> None:

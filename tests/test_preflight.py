@@ -28,6 +28,7 @@ def test_a_table_of_every_check_and_nothing_left_behind(config: Path, capsys: py
     assert cli.main(["preflight", "--config", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = ["configuration", "versions", "device", "memory", "output", "disk", "data", "tokenizer"]
+    names += ["matmul", "copy", "write"]
     assert [line.split()[1] for line in lines] == names
     assert all(line.startswith("ok ") for line in lines)
     assert set(config.parent.rglob("*")) == before
@@ -39,7 +40,7 @@ def test_a_table_of_every_check_and_nothing_left_behind(config: Path, capsys: py
         ("data.data_dir=/nowhere", "data", "/nowhere"),
         ("data.tokenizer_name=/nowhere.json", "tokenizer", "/nowhere.json"),
         ("logging.output_dir=/dev/null/x", "output", "logging.output_dir: /dev/null/x/runs cannot be written"),
-        ("model.hidden_size=1048576", "memory", "raise deepspeed.zero_stage"),
+        ("moe.intermediate_size=16777216", "memory", "raise deepspeed.zero_stage"),
         ("model.vocab_size=99999999999", "disk", "lower checkpoint.save_total_limit"),
     ],
 )

@@ -148,7 +148,7 @@ def _show(options: argparse.Namespace) -> int:
         return 0
     shards = Shards(checkpoint / "engine")
     engine, heldout, probe = shards.description, manifest["heldout_loss"], manifest["probe"]["loss"]
-    trained = sum(math.prod(shape) for shape in shards.shapes.values())
+    tokens, trained = len(manifest["probe"]["tokens"]) - 1, sum(math.prod(shape) for shape in shards.shapes.values())
     moe = manifest["config"]["moe"]["num_experts"]
     rows = {
         "checkpoint": checkpoint,
@@ -160,9 +160,7 @@ def _show(options: argparse.Namespace) -> int:
         "optimizer": f"AdamW after {engine['adam_step']:,} steps" if engine["adam_step"] else "AdamW, fresh",
         "data": f"sequence {manifest['data']['position']:,} of the order",
         "held-out loss": "not taken yet" if heldout is None else f"{heldout:.4f} at step {manifest['heldout_step']}",
-        "probe loss": "not finite"
-        if probe is None
-        else f"{probe:.6f} on {len(manifest['probe']['tokens']) - 1} tokens",
+        "probe loss": "not finite" if probe is None else f"{probe:.6f} on {tokens} tokens",
         "state": "calm" if manifest["stability"]["calm"] else "in trouble: not rolled back to while there is another",
         "format": f"version {manifest['format_version']}",
     }
@@ -234,14 +232,12 @@ def _smoke(options: argparse.Namespace) -> int:
     found = probe_loss(model, manifest["probe"]["tokens"], torch.device("cpu"))
     tolerance = 2e-2 if bf16 else 1e-4
     well = math.isclose(found, recorded, rel_tol=tolerance)
-    said = "well" if well else f"NOT THE SAME: more than {tolerance:g} apart"
     result = {"path": str(checkpoint), "recorded": recorded, "found": found, "tolerance": tolerance, "well": well}
+    said = "well" if well else f"NOT THE SAME: more than {tolerance:g} apart"
     if options.json:
         print(json.dumps(result, indent=1))
     else:
-        print(
-            f"{checkpoint}: loss {found:.6f}, {recorded:.6f} when it was saved ({'well' if well else 'NOT THE SAME'})"
-        )
+        print(f"{checkpoint}: loss {found:.6f}, {recorded:.6f} when it was saved: {said}")
     return 0 if well else UserError.exit_code
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.generators import generator_states, packed, restore_generators, unpacked
+from ava_fast.checkpoint.remote import Uploader
 from ava_fast.checkpoint.shards import write_shard
 from ava_fast.checkpoint.snapshot import Snapshot
 from ava_fast.compatibility import model_differences
@@ -54,21 +55,26 @@ class Keeper:
         self.retries = 0
         """How often rank 0 has tried a save again; the trainer counts and clears it."""
         self.news: list[dict[str, Any]] = []
-        """Records of saves that are done, for the trainer to write and clear."""
+        """On rank 0, records of saves that are done, for the trainer to write and clear."""
+        self._uploader, self._rotating = None, threading.Lock()
+        if engine.rank == 0 and config.checkpoint.remote is not None:
+            self._uploader = Uploader(
+                f"{config.checkpoint.remote.rstrip('/')}/{folder.parent.name}", folder, self._rotate
+            )
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}
 
-    def save(self, step: int, state: dict[str, Any], *, wait: bool = False) -> bool:
+    def save(self, step: int, state: dict[str, Any], *, wait: bool = False, since: float | None = None) -> bool:
         """Begins to write `step_N`, or with `wait` (or without `checkpoint.asynchronous`) writes it. Collective.
 
         `state` joins the manifest; in it, `stability.calm` says whether to roll back to this checkpoint rather than to
-        another. What the network may have done is tried again. → False if it was left out, as the last one is still
-        being written.
+        another. `since`: when training began to wait for it. What the network may have done is tried again. → False if
+        it was left out, as the last one is still being written.
 
         Raises TrainingError if this or the last one could not be written, on all ranks; nothing half-written stays.
         """
-        started_at, checkpoint = time.perf_counter(), self.config.checkpoint
+        started_at, checkpoint = since or time.perf_counter(), self.config.checkpoint
         if not wait and checkpoint.when_busy == "skip" and failed_anywhere("busy" if self._busy() else None):
             logger.warning(f"step {step}: not saved, as the last checkpoint is still being written")
             return False
@@ -109,6 +115,11 @@ class Keeper:
             failure, self.failure = self.failure, None
             raise TrainingError(f"{failure}; {self.safe()}")
 
+    def uploaded(self) -> None:
+        """Waits, on rank 0, for what is being uploaded."""
+        if self._uploader is not None:
+            self._uploader.finish()
+
     def _write(self, save: _Save, take: Callable[[], dict[str, Tensor]]) -> None:
         """All of a save after its tensors are known; `take` gives them on the host. What fails is left in `failure`."""
         try:
@@ -131,7 +142,8 @@ class Keeper:
             self.failure = f"{final}: the checkpoint could not be written ({failure})"
             return
         save.record["write_seconds"] = time.perf_counter() - started_at
-        self.news.append(save.record)
+        if self.engine.rank == 0:
+            self.news.append(save.record)
         logger.info(f"step {save.step} | saved {final} | {duration(save.record['write_seconds'])}")
 
     def _try(self, save: _Save, tensors: dict[str, Tensor]) -> str | None:
@@ -166,11 +178,15 @@ class Keeper:
         return files
 
     def _commit(self, folder: Path, save: _Save, files: store.Files) -> None:
-        checkpoint = self.config.checkpoint
-        store.commit(folder, json.loads(save.contents), files)
-        store.rotate(
-            self.folder, newest=checkpoint.save_total_limit, every=checkpoint.keep_every, best=checkpoint.keep_best
-        )
+        final = store.commit(folder, json.loads(save.contents), files)
+        self._rotate()
+        if self._uploader is not None:
+            self._uploader.offer(final)
+
+    def _rotate(self) -> None:
+        limits = self.config.checkpoint
+        with self._rotating:
+            store.rotate(self.folder, newest=limits.save_total_limit, every=limits.keep_every, best=limits.keep_best)
 
     def load(self, checkpoints: Sequence[Path], *, optimizer: bool = True) -> tuple[Path, dict[str, Any]]:
         """Puts weights, optimizer and random generators back as the first of `checkpoints` that verifies has them →

@@ -30,6 +30,18 @@ from ava_fast.errors import UserError
 Batch = tuple[torch.Tensor, ...]
 """tokens_BS and labels_BS, int64, labels one token ahead; with document attention also cu_seqlens, int32."""
 
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Its rows from `start` to `stop`, as a batch."""
+    tokens_BS, labels_BS, *documents = batch
+    rows = tokens_BS[start:stop], labels_BS[start:stop]
+    if not documents:
+        return rows
+    (cu_seqlens,), S = documents, tokens_BS.shape[1]  # every row's start is among them
+    inside = (cu_seqlens >= start * S) & (cu_seqlens <= stop * S)
+    return *rows, cu_seqlens[inside] - start * S
+
+
 _BLOCK = 1024  # places whose order is worked out at once: one call takes 0.1 ms for 8 places, and 0.2 for 1,024
 
 

@@ -59,6 +59,8 @@ def add_data_commands(commands: Any) -> None:
     what.add_argument("--list", action="store_true", help="show the curated list")
     command.add_argument("--output", default="data", help="each corpus goes to a folder in here")
     command.add_argument("--max-files", type=int, help="the first so many of each corpus")
+    command.add_argument("--text-column", help="as of prepare; becomes `text`")
+    command.add_argument("--as-is", action="store_true", help="keep files that are no Parquet, with all their columns")
     command.set_defaults(command=_download)
 
 
@@ -126,10 +128,10 @@ def summary(folder: Path) -> list[str]:
     for entry in _ledger(folder / "rejected.jsonl"):
         place = _place(entry)
         lines.append(f"left out {entry['count']:,}: {entry['reason']}, such as {place}: {entry['text']!r}")
-    reasons: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    reasons: Counter[tuple[str, ...]] = Counter()
+    first: dict[tuple[str, ...], str] = {}
     for entry in _ledger(folder / "skipped.jsonl"):
-        reason = entry["reason"].partition(":")[0]
+        reason = (entry["reason"].partition(":")[0], *(key for key in entry if key != "to"))
         reasons[reason] += 1
         first.setdefault(reason, f"{_place(entry)} {entry['reason']}")
     lines += [f"not read, {count:,} ×: {first[reason]}" for reason, count in reasons.most_common()]
@@ -163,7 +165,7 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from ava_fast.data.work import make_plan
     from ava_fast.files import write_whole
 
-    corpus = scan(options.data_dir, options.text_column)
+    corpus = scan(options.data_dir, options.text_column, progress=True)
     plan = make_plan(corpus.files, FiltersConfig())
     with progress_bar(sum(file.size for file in corpus.files), "training tokenizer", True) as bar:
         tokenizer = train_tokenizer(
@@ -201,7 +203,7 @@ def _tokenizer_check(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from ava_fast.data.validate import validate
 
-    checks = validate(options.folder, options.text_column)
+    checks = validate(options.folder, options.text_column, progress=True)
     good = all(check.ok for check in checks)
     if options.json:
         print(json.dumps({"ok": good, "checks": [vars(check) for check in checks]}, indent=1))
@@ -221,9 +223,21 @@ def _download(options: argparse.Namespace) -> int:
         ]
         for line in table([("name", "repository", "license"), *rows]):
             print(line)
+        print("each says so of itself: read https://huggingface.co/datasets/<repository> before you train on it")
         return 0
-    for folder in download(options.dataset, options.manifest, Path(options.output), options.max_files):
+    folders = download(
+        options.dataset, options.manifest, Path(options.output), options.max_files, options.text_column, options.as_is
+    )
+    for folder in folders:
         record = json.loads((folder / ".download.json").read_bytes())
-        print(f"{folder}: {len(record['files']):,} files at {record['revision'][:12]}, license {record['license']}")
+        page = f"https://huggingface.co/datasets/{record['repository']}"
+        print(f"{folder}: {len(record['files']):,} files at {record['revision'][:12]}")
+        converted = [file["parquet"] for file in record["files"].values() if "parquet" in file]
+        if converted:
+            rows = sum(file["rows"] for file in converted)
+            print(
+                f"{len(converted):,} of them became Parquet, {rows:,} texts without other columns; --as-is keeps these"
+            )
+        print(f"license {record['license']}, as it says of itself: read {page} before you train on it")
         print(f"prepare it with: ava-fast prepare --data-dir {folder} --output shards")
     return 0

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tqdm import tqdm
+
 from ava_fast.data.formats import DATA_SUFFIXES, SAMPLES, Compression, Detected, Kind, detect_open
 from ava_fast.data.readers import LONGEST_TEXT
 from ava_fast.errors import UserError
@@ -52,6 +54,8 @@ class File:
     encoding: str = "utf-8-sig"
     start: int = 0
     stop: int | None = None
+    confidence: float = 1.0
+    """In `kind` and `column`: see `formats`."""
 
     @property
     def source(self) -> str:
@@ -102,7 +106,7 @@ class Corpus:
     skipped: list[Skipped]
 
 
-def scan(data_dir: str | Path | None, text_column: str | None = None) -> Corpus:
+def scan(data_dir: str | Path | None, text_column: str | None = None, progress: bool = False) -> Corpus:
     """Every file with text below `data_dir`; None: the standard library's source. What is hidden is left out.
 
     Raises UserError when the folder is missing or holds no text.
@@ -121,7 +125,8 @@ def scan(data_dir: str | Path | None, text_column: str | None = None) -> Corpus:
         names, skipped = _walk(root)
         source = str(root.resolve())
     files = []
-    for name in names:
+    # None: only on a terminal
+    for name in tqdm(names, "looking at files", unit=" files", delay=2, disable=None if progress else True):
         found = look(root, name, text_column)
         if isinstance(found, Skipped):
             skipped.append(found)
@@ -165,6 +170,7 @@ def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
         found.column,
         found.compression,
         found.encoding,
+        confidence=found.confidence,
     )
 
 

@@ -1,9 +1,10 @@
-"""Corpora from the Hugging Face hub, into folders that `ava-fast prepare` reads as they are.
+"""Corpora from the Hugging Face hub, into folders of Parquet that `ava-fast prepare` reads.
 
     (folder,) = download("wikipedia", None, Path("data"))        # a name in manifest.yaml, or owner/name
 
-Files arrive one after the other, each verified against the hub's checksum before it counts: `.download.json` in the
-folder says which did, from which commit. A download that was interrupted goes on in the middle of a file.
+Files arrive one after the other, each verified against the hub's checksum before it counts; one that is not Parquet
+becomes Parquet (`convert`) before the next arrives. `.download.json` in the folder says which are there, from which
+commit. A download that was interrupted goes on in the middle of a file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ava_fast.config import Section
+from ava_fast.data.convert import Converted, to_parquet
 from ava_fast.data.formats import DATA_SUFFIXES
 from ava_fast.data.prepare import progress_bar
 from ava_fast.errors import UserError
@@ -47,6 +50,8 @@ class Entry(Section):
     """Patterns. None: every file of a format that is read."""
     revision: str = "main"
     license: str = "not given"
+    text_column: str | None = None
+    """Of its records. None: `text`, or else `content`."""
 
 
 def read_manifest(path: Path) -> list[Entry]:
@@ -70,8 +75,15 @@ def read_manifest(path: Path) -> list[Entry]:
     return entries
 
 
-def download(dataset: str | None, manifest: str | None, output: Path, max_files: int | None = None) -> list[Path]:
-    """The folders of one data set, or of all in a manifest.
+def download(
+    dataset: str | None,
+    manifest: str | None,
+    output: Path,
+    max_files: int | None = None,
+    text_column: str | None = None,
+    as_is: bool = False,
+) -> list[Path]:
+    """The folders of one data set, or of all in a manifest. `as_is` converts nothing.
 
     Raises UserError where a data set does not exist or is gated, where the hub cannot be reached, and where a file
     keeps failing; what had arrived stays for the next call.
@@ -86,10 +98,10 @@ def download(dataset: str | None, manifest: str | None, output: Path, max_files:
             entries = [Entry(name=dataset.replace("/", "--"), repository=dataset)]
         else:
             raise UserError(f"--dataset: {dataset!r} is neither owner/name nor one of {', '.join(curated)}")
-    return [_fetch(entry, output / entry.name, max_files) for entry in entries]
+    return [_fetch(entry, output / entry.name, max_files, text_column or entry.text_column, as_is) for entry in entries]
 
 
-def _fetch(entry: Entry, folder: Path, max_files: int | None) -> Path:
+def _fetch(entry: Entry, folder: Path, max_files: int | None, text_column: str | None, as_is: bool) -> Path:
     hub = _library()
 
     def list_files() -> Any:
@@ -108,15 +120,41 @@ def _fetch(entry: Entry, folder: Path, max_files: int | None) -> Path:
     record = _read_record(record_file)
     if record.get("revision") != info.sha:  # other content under the same names
         record = {"repository": entry.repository, "revision": info.sha, "license": license_name, "files": {}}
+    files = record["files"]
     with progress_bar(total, entry.name, True) as bar:
         for item in wanted:
-            arrived = folder / item.rfilename
-            if item.rfilename in record["files"] and arrived.is_file() and arrived.stat().st_size == item.size:
+            arrived, known = folder / item.rfilename, files.get(item.rfilename, {})
+            stored = folder / known["parquet"]["name"] if "parquet" in known else None
+            if stored is not None and _size(stored) == known["parquet"]["size"]:
                 bar.update(item.size)
+                arrived.unlink(missing_ok=True)  # a run was interrupted just here
                 continue
-            record["files"][item.rfilename] = _fetch_file(entry, info.sha, item, arrived, bar.update)
+            if known and _size(arrived) == item.size:
+                bar.update(item.size)
+            else:
+                known = _fetch_file(entry, info.sha, item, arrived, bar.update)
+            files[item.rfilename] = known
             write_whole(record_file, json.dumps(record, indent=1).encode())
+            if not as_is and "stays" not in known:
+                files[item.rfilename] = known | _convert(folder, item.rfilename, text_column)
+                write_whole(record_file, json.dumps(record, indent=1).encode())
+                if "parquet" in files[item.rfilename]:
+                    arrived.unlink()
     return folder
+
+
+def _convert(folder: Path, name: str, text_column: str | None) -> dict[str, Any]:
+    """What the record says of a file that was to become Parquet."""
+    with progress_bar((folder / name).stat().st_size, f"{name} to Parquet", True) as bar:
+        try:
+            converted = to_parquet(folder, name, text_column, bar.update)
+        except OSError as error:
+            raise UserError(f"--output: {folder}: {error.strerror or error}; free some space") from None
+    if isinstance(converted, Converted):
+        return {"parquet": converted._asdict()}
+    if converted != "is Parquet":
+        logger.warning("%s stays as it is: %s", name, converted)
+    return {"stays": converted}
 
 
 def _fetch_file(
@@ -213,9 +251,10 @@ def _unreachable(entry: Entry, error: Exception) -> str:
     if isinstance(error, _WrongChecksum):
         return f"--dataset: {entry.repository}: {error}, {ATTEMPTS} times; try again later"
     server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in entry.files or [])
     return (
         f"--dataset: {server} cannot be reached, or keeps failing ({_reason(error)}); where there is a network, run "
-        f"`hf download {entry.repository} --repo-type dataset --local-dir D`, copy D here, and prepare it with "
+        f"`hf download {entry.repository} --repo-type dataset{include} --local-dir D`, copy D here, prepare it with "
         "--data-dir D; run the same command again to go on"
     )
 

@@ -1,7 +1,7 @@
 """Which documents are kept: pure functions of one document's text, and signatures that show near-duplicates.
 
-filters = Filters(min_length=200, max_consecutive_repeats=20)
-filters.reject("buy " * 500)          # "repeats one word or line 500 times in a row"
+filters = FiltersConfig(min_length=200, max_consecutive_repeats=20)
+reject(filters, "buy " * 500)         # "one word or line more than 20 times in a row"
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any
@@ -59,9 +61,14 @@ def repetition(text: str) -> float:
 
 
 def load_hook(name: str | None) -> tuple[Hook | None, str]:
-    """The function that `module:function` names and a hash of its module's source. Raises UserError."""
+    """The function that `module:function` names and a hash of its module's source. Raises UserError.
+
+    A module in the working directory is found whatever command is running.
+    """
     if name is None:
         return None, ""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module_name, colon, attribute = name.partition(":")
     try:
         if not colon:
@@ -72,7 +79,10 @@ def load_hook(name: str | None) -> tuple[Hook | None, str]:
             raise ValueError("is not a function")
         source = inspect.getsource(module)
     except (ImportError, AttributeError, ValueError, OSError, TypeError) as error:
-        raise UserError(f"filters.hook: {name} cannot be used: {error}; give module:function, importable") from None
+        raise UserError(
+            f"filters.hook: {name} cannot be used: {error}; give module:function, the module in this "
+            "folder or installed"
+        ) from None
     return hook, hashlib.sha256(source.encode()).hexdigest()
 
 

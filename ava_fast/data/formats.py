@@ -44,6 +44,7 @@ _BOMS = [  # UTF-32's first: its mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 ]
+_LITTLE = 1 << 16
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
 
@@ -80,7 +81,9 @@ class _Compressed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, compression: Compression):
         self._stream: Any
-        if compression == "gzip":
+        self._broken: Truncated | None = None
+        self._is_gzip = compression == "gzip"
+        if self._is_gzip:
             self._stream = gzip.GzipFile(fileobj=file)
         else:
             import pyarrow
@@ -91,15 +94,25 @@ class _Compressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._stream.read(len(buffer))
-        except EOFError:
-            raise Truncated("the compressed data end too early") from None
-        except (OSError, zlib.error, ValueError) as error:
-            reason = str(error).strip() or type(error).__name__
-            raise Truncated(f"the compressed data are damaged: {' '.join(reason.split())[:100]}") from None
-        buffer[: len(data)] = data
-        return len(data)
+        filled = 0
+        while filled < len(buffer) and self._broken is None:
+            try:
+                # Little at a time: a break takes with it what the same call has decompressed before.
+                size = min(len(buffer) - filled, _LITTLE)
+                data = self._stream.read1(size) if self._is_gzip else self._stream.read(size)
+            except EOFError:
+                self._broken = Truncated("the compressed data end too early")
+            except (OSError, zlib.error, ValueError) as error:
+                reason = " ".join((str(error).strip() or type(error).__name__).split())[:100]
+                self._broken = Truncated(f"the compressed data are damaged: {reason}")
+            else:
+                if not data:
+                    break
+                buffer[filled : filled + len(data)] = data
+                filled += len(data)
+        if not filled and self._broken is not None:
+            raise self._broken
+        return filled
 
 
 def open_content(file: BinaryIO, compression: Compression | None) -> BinaryIO:
@@ -229,11 +242,16 @@ def _windows(file: BinaryIO, head: bytes, size: int) -> list[bytes]:
         lines = file.read().splitlines(keepends=True)
         lines = [line for line in lines if line.strip()]
         count = min(SAMPLES, len(lines))
-        return [lines[len(lines) * number // count] for number in range(count)]
+        return [lines[int(len(lines) * _spread(number) / count)] for number in range(count)]
     windows = [_first_line(head, file, 0, size)]
     for number in range(1, SAMPLES):
-        windows.append(_line_after(file, size * number // SAMPLES, size))
+        windows.append(_line_after(file, int(size * _spread(number) / SAMPLES), size))
     return windows
+
+
+def _spread(number: int) -> float:
+    """A place between `number` and the next: at equal distances, lines that alternate would all be of one kind."""
+    return number + number * 0.618034 % 1
 
 
 def _line_after(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -426,8 +444,8 @@ def _with_column(
 
 
 def decoded_blocks(stream: BinaryIO, encoding: str) -> Iterator[str]:
-    """The text of a stream, a MiB at a time. Raises UnicodeDecodeError, or Truncated of compressed data."""
+    """The text of a stream, up to a MiB at a time. Raises UnicodeDecodeError, or Truncated of compressed data."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    while data := stream.read(1 << 20):
+    while data := stream.read1(1 << 20):  # type: ignore[attr-defined]
         yield decoder.decode(data)
     yield decoder.decode(b"", final=True)

@@ -94,7 +94,7 @@ def prepare(
         filters = FiltersConfig(exact_duplicates=False)
     if filters.near_duplicates is not None:
         near_duplicates_library()
-    corpus = scan(data_dir, text_column)
+    corpus = scan(data_dir, text_column, progress)
     key = _key(corpus, given, vocab_size, validation_fraction, filters, text_column)
     folder = Path(cache_dir) / key
     try:
@@ -223,6 +223,7 @@ def _work_folder(work: Path, folder: Path) -> Iterator[Path | None]:
 
     It goes when `folder` is there and when the input is refused, and stays for a later run otherwise.
     """
+    made = [parent for parent in work.parents if not parent.exists()]
     while True:
         work.mkdir(parents=True, exist_ok=True)
         try:
@@ -242,8 +243,9 @@ def _work_folder(work: Path, folder: Path) -> Iterator[Path | None]:
             except UserError as error:
                 if not str(error).startswith("data.cache_dir"):
                     shutil.rmtree(work, ignore_errors=True)
-                    with suppress(OSError):
-                        work.parent.rmdir()
+                    with suppress(OSError):  # something else is in there by now
+                        for parent in made:
+                            parent.rmdir()
                 raise
             shutil.rmtree(work, ignore_errors=True)
             return

@@ -5,6 +5,7 @@
     <folder>/train/00000.bin …     uint16 if the vocabulary has at most 65,536 tokens, else uint32
     <folder>/validation/00000.bin …
     <folder>/train/documents.bin   where each document ends and which source it is from (`DOCUMENT`)
+    <folder>/train/checks.bin      CRC-32 of every `CHECKED_BYTES` of each shard, little-endian
     <folder>/skipped.jsonl         what was not read, one {"path", …, "reason"} per line
     <folder>/rejected.jsonl        what the filters left out: each reason, how often, and the first document of it
 
@@ -17,14 +18,20 @@ A folder is written under a temporary name beside its own, synced, and renamed: 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import mmap
 import os
+import resource
 import secrets
 import shutil
+import struct
+import weakref
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn
 
@@ -39,6 +46,10 @@ from ava_fast.files import sync, write_synced
 
 FORMAT_VERSION: Final = 1
 SHARD_TOKENS = 64 * 2**20
+CHECKED_BYTES = 1024
+"""What is read is verified in pieces of this size; their checks take 0.4 % of the shards' size."""
+COUNTED_TOKENS = 1 << 20
+"""At a time, where ends of text are counted."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -66,6 +77,8 @@ class SplitIndex(Section):
     shards: list[Shard]
     boundaries_sha256: Sha256 | None = None
     """Of `documents.bin`. None: the folder is from before there was one."""
+    checks_sha256: Sha256 | None = None
+    """Of `checks.bin`. None: the folder is from before there was one, and damage shows only in impossible tokens."""
 
 
 class Source(Section):
@@ -199,7 +212,7 @@ def write_shards(
 
 
 def read_index(folder: str | Path) -> Index:
-    """The index, once every shard file has been found to be as long as it says.
+    """The index, once every shard and its checks have been found to be as long as it says.
 
     Raises UserError naming the file that is missing, malformed, of another format version, or of the wrong size.
     """
@@ -223,9 +236,13 @@ def read_index(folder: str | Path) -> Index:
         raise UserError(
             f"data.data_dir: {file} is damaged at {where}; delete {folder} and prepare the data again"
         ) from None
-    for split in (index.train, index.validation):
+    for name in ("train", "validation"):
+        split = index.split(name)
         for shard in split.shards:
             _check_size(Path(folder) / shard.file, shard.tokens * np.dtype(index.dtype).itemsize)
+        if split.checks_sha256 is not None:
+            checks = sum(_pieces(shard.tokens * np.dtype(index.dtype).itemsize) for shard in split.shards)
+            _check_size(Path(folder) / name / "checks.bin", checks * 4)
     return index
 
 
@@ -241,29 +258,44 @@ def check_vocabulary(vocab_size: int, model_vocab_size: int, key: str = "model.v
 
 
 class TokenStream:
-    """A split's tokens as one long array, memory-mapped. `len(stream)` counts them.
+    """A split's tokens as one long array on the disk. `len(stream)` counts them.
 
-    A map outlives its file's removal or replacement. Where a file has been cut short, touching the map would kill the
-    process: its length is looked up before every read.
+    They are read through the page cache rather than a memory map, at the same speed: where a file has been cut short
+    or its disk fails, a map would kill the process, and a read says so. Every byte is verified before it is used. An
+    open file outlives its removal or replacement.
     """
 
     def __init__(self, folder: str | Path, index: Index, split: str):
-        """Raises UserError naming a file that cannot be mapped whole."""
-        shards = index.split(split).shards
-        dtype = np.dtype(index.dtype).newbyteorder("<")
+        """Raises UserError naming a file that cannot be opened."""
+        own = index.split(split)
+        self._dtype = np.dtype(index.dtype).newbyteorder("<")
         self.eos_id = index.eos_id
-        self._files = [Path(folder) / shard.file for shard in shards]
-        self._maps = [
-            _map(file, shard.tokens * dtype.itemsize) for file, shard in zip(self._files, shards, strict=True)
-        ]
-        self.arrays: list[npt.NDArray[Any]] = [np.frombuffer(whole, dtype) for whole in self._maps]
-        """One read-only view of each shard's file."""
         self._vocab_size = index.vocab_size
-        self._ends = np.cumsum([len(array) for array in self.arrays], dtype=np.int64).tolist()
+        self._sizes = [shard.tokens * self._dtype.itemsize for shard in own.shards]
+        self._ends = np.cumsum([shard.tokens for shard in own.shards], dtype=np.int64).tolist()
+        self._first_piece = np.cumsum([0, *map(_pieces, self._sizes)]).tolist()
         self._documents_in: dict[int, int] = {}  # shard → ends of text in it, once they were counted
+        checks = Path(folder) / split / "checks.bin" if own.checks_sha256 is not None else None
+        with ExitStack() as opened:
+            self._files = [opened.enter_context(_open(Path(folder) / shard.file)) for shard in own.shards]
+            self._checks = opened.enter_context(_open(checks)) if checks is not None else None
+            self.close = opened.pop_all().close
+        weakref.finalize(self, self.close)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Each shard's tokens, read-only and memory-mapped, for one pass over all of them. Nothing is verified.
+
+        Raises UserError naming a file that has become shorter; one that does so later kills the process.
+        """
+        try:
+            for file, size in zip(self._files, self._sizes, strict=True):
+                _check_length(file, size)
+            return [np.memmap(file.name, self._dtype, mode="r") for file in self._files]
+        except OSError as error:
+            raise UserError(f"data.data_dir: {error.filename} cannot be mapped: {error.strerror}") from None
 
     def document(self, position: int) -> int:
         """Which document the token at `position` belongs to, counted from 0; its end of text is its last token.
@@ -273,12 +305,9 @@ class TokenStream:
         shard = bisect_right(self._ends, position)
         for earlier in range(shard):
             if earlier not in self._documents_in:
-                self._check_length(earlier)
-                self._documents_in[earlier] = int(np.count_nonzero(self.arrays[earlier] == self.eos_id))
-        self._check_length(shard)
-        within = self.arrays[shard][: position - self._start(shard)]
+                self._documents_in[earlier] = self._count_ends(earlier, self._ends[earlier] - self._start(earlier))
         whole = sum(self._documents_in[earlier] for earlier in range(shard))
-        return whole + int(np.count_nonzero(within == self.eos_id))
+        return whole + self._count_ends(shard, position - self._start(shard))
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens [start, stop), across files. Raises as `read_rows` does."""
@@ -287,18 +316,14 @@ class TokenStream:
     def read_rows(self, starts: Sequence[int], length: int) -> npt.NDArray[np.int64]:
         """The `length` tokens from each of `starts` on, across files, as (len(starts), length).
 
-        Raises UserError naming a file that holds an impossible token id, and where, or that has become shorter.
+        Raises UserError naming a file that cannot be read, is damaged, or has become shorter, and where.
         """
         rows = np.empty((len(starts), length), np.int64)
-        checked = -1
         for row, start in zip(rows, starts, strict=True):
             shard = bisect_right(self._ends, start)
             while len(row):
-                if shard != checked:
-                    self._check_length(shard)
-                    checked = shard
                 first = start - self._start(shard)
-                part = self.arrays[shard][first : first + len(row)]
+                part = self._tokens(shard, first, min(first + len(row), self._ends[shard] - self._start(shard)))
                 row[: len(part)] = part
                 row, start, shard = row[len(part) :], start + len(part), shard + 1
         if rows.size and rows.max() >= self._vocab_size:
@@ -308,30 +333,92 @@ class TokenStream:
     def _start(self, shard: int) -> int:
         return self._ends[shard - 1] if shard else 0
 
-    def _check_length(self, shard: int) -> None:
-        if (size := self._maps[shard].size()) < (needed := len(self._maps[shard])):
+    def _tokens(self, shard: int, first: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens [first, stop) of a shard, verified where there are checks."""
+        size = self._dtype.itemsize
+        if self._checks is None:
+            return np.frombuffer(self._bytes(shard, first * size, stop * size), self._dtype)
+        start = first * size // CHECKED_BYTES
+        end = _pieces(stop * size)
+        data = self._bytes(shard, start * CHECKED_BYTES, min(end * CHECKED_BYTES, self._sizes[shard]))
+        place = self._first_piece[shard]
+        checks = _pread(self._checks, 4 * (place + start), 4 * (end - start))
+        if (found := _crcs(data)) != checks:
+            wrong = start + next(n for n in range(end - start) if found[4 * n : 4 * n + 4] != checks[4 * n : 4 * n + 4])
             raise UserError(
-                f"data.data_dir: {self._files[shard]} has been cut to {size:,} of {needed:,} bytes since this run "
-                "opened it; prepare the data again"
+                f"data.data_dir: {self._files[shard].name} or the checks.bin beside it is damaged: bytes "
+                f"{wrong * CHECKED_BYTES:,} to {min((wrong + 1) * CHECKED_BYTES, self._sizes[shard]):,} are not what "
+                "was written; delete its folder and prepare the data again"
             )
+        return np.frombuffer(data, self._dtype, stop - first, first * size - start * CHECKED_BYTES)
+
+    def _bytes(self, shard: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a shard's file."""
+        data = _pread(self._files[shard], start, stop - start)
+        if len(data) < stop - start:
+            _check_length(self._files[shard], self._sizes[shard])
+            data += _pread(self._files[shard], start + len(data), stop - start - len(data))  # a signal came
+        return data
+
+    def _count_ends(self, shard: int, stop: int) -> int:
+        size = self._dtype.itemsize
+        blocks = (
+            self._bytes(shard, start * size, min(start + COUNTED_TOKENS, stop) * size)
+            for start in range(0, stop, COUNTED_TOKENS)
+        )
+        return sum(int(np.count_nonzero(np.frombuffer(block, self._dtype) == self.eos_id)) for block in blocks)
 
     def _name_damage(self, rows: npt.NDArray[np.int64], starts: Sequence[int]) -> NoReturn:
         row, column = np.argwhere(rows >= self._vocab_size)[0].tolist()
         position = starts[row] + column
         shard = bisect_right(self._ends, position)
-        offset = (position - self._start(shard)) * self.arrays[shard].itemsize
+        offset = (position - self._start(shard)) * self._dtype.itemsize
         raise UserError(
-            f"data.data_dir: {self._files[shard]} holds token {rows[row, column]} but the vocabulary has "
+            f"data.data_dir: {self._files[shard].name} holds token {rows[row, column]} but the vocabulary has "
             f"{self._vocab_size} (at byte {offset}); the file is damaged: delete its folder and prepare the data again"
         )
 
 
-def _map(file: Path, size: int) -> mmap.mmap:
+def _pieces(size: int) -> int:
+    """How many checks that many bytes have."""
+    return -(-size // CHECKED_BYTES)
+
+
+def _crcs(data: bytes) -> bytes:
+    """The checks of bytes whose first is at the beginning of a piece."""
+    view = memoryview(data)
+    crcs = [zlib.crc32(view[start : start + CHECKED_BYTES]) for start in range(0, len(data), CHECKED_BYTES)]
+    return struct.pack(f"<{len(crcs)}I", *crcs)
+
+
+def _pread(file: FileIO, start: int, size: int) -> bytes:
     try:
-        with file.open("rb") as opened:
-            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: it has become shorter since `read_index`
-        raise UserError(f"data.data_dir: {file} cannot be mapped: {error}; prepare the data again") from None
+        return os.pread(file.fileno(), size, start)
+    except OSError as error:
+        raise UserError(
+            f"data.data_dir: {file.name} cannot be read at byte {start:,}: {error.strerror}; copy its folder to "
+            "another disk, or prepare the data again"
+        ) from None
+
+
+def _check_length(file: FileIO, needed: int) -> None:
+    if (size := os.fstat(file.fileno()).st_size) < needed:
+        raise UserError(
+            f"data.data_dir: {file.name} has been cut to {size:,} of {needed:,} bytes since this run opened it; "
+            "prepare the data again"
+        )
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft < hard:  # a file stays open for each shard
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                return _open(path)
+        raise UserError(f"data.data_dir: {path} cannot be opened: {error.strerror}; prepare the data again") from None
 
 
 def _write_lines(file: Path, entries: Iterable[dict[str, Any]]) -> int:
@@ -355,13 +442,21 @@ def _write_split(
     """Adds each source's documents, bytes and tokens to `totals`, (sources, 3)."""
     folder.mkdir()
     shards: list[Shard] = []
-    boundaries = hashlib.sha256()
+    boundaries, checked, unchecked = hashlib.sha256(), hashlib.sha256(), b""
     kind = np.dtype(dtype).newbyteorder("<")
     filled = documents = size = written = document_bytes = document_tokens = 0
     hashed, shard = hashlib.sha256(), None
 
+    def check(data: bytes, whole: int) -> None:
+        """Writes the checks of the first `whole` bytes, and keeps the others."""
+        nonlocal unchecked
+        crcs, unchecked = _crcs(data[:whole]), data[whole:]
+        checks.write(crcs)
+        checked.update(crcs)
+
     def close() -> None:
         nonlocal filled, shard, hashed
+        check(unchecked, CHECKED_BYTES)
         if shard is not None:
             shard.close()
             sync(Path(shard.name))
@@ -369,7 +464,7 @@ def _write_split(
             shards.append(Shard(file=name, tokens=filled, sha256=hashed.hexdigest()))
         filled, hashed, shard = 0, hashlib.sha256(), None
 
-    with (folder / "documents.bin").open("wb") as table:
+    with (folder / "documents.bin").open("wb") as table, (folder / "checks.bin").open("wb") as checks:
         try:
             for piece in pieces:
                 tokens = np.asarray(piece.tokens, kind)
@@ -387,10 +482,12 @@ def _write_split(
                 while len(tokens):
                     if shard is None:
                         shard = (folder / f"{len(shards):05d}.bin").open("wb", buffering=1 << 20)
-                    part, tokens = np.split(tokens, [shard_tokens - filled])
+                    part, tokens = tokens[: shard_tokens - filled], tokens[shard_tokens - filled :]
                     data = part.tobytes()
                     shard.write(data)
                     hashed.update(data)
+                    unchecked += data
+                    check(unchecked, len(unchecked) // CHECKED_BYTES * CHECKED_BYTES)
                     filled += len(part)
                     if filled == shard_tokens:
                         close()
@@ -399,6 +496,7 @@ def _write_split(
             if shard is not None:
                 shard.close()
     sync(folder / "documents.bin")
+    sync(folder / "checks.bin")
     sync(folder)
     return SplitIndex(
         documents=documents,
@@ -406,6 +504,7 @@ def _write_split(
         tokens=written,
         shards=shards,
         boundaries_sha256=boundaries.hexdigest(),
+        checks_sha256=checked.hexdigest(),
     )
 
 

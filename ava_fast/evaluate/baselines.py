@@ -1,7 +1,7 @@
 """Unigram and bigram models: the loss that a language model must beat to have learned more than counting.
 
     stream = TokenStream(folder, index, "train")
-    baselines = ngram_baselines(stream.arrays, heldout_sequences(folder, max_length=128), index.vocab_size)
+    baselines = ngram_baselines(stream.arrays(), heldout_sequences(folder, max_length=128), index.vocab_size)
     baselines.bigram     # nats per token, on the very tokens that the model predicts in evaluation
 
 Both are counted on the training tokens and scored on predicting token t of a held-out sequence from token t − 1. The

@@ -11,7 +11,7 @@ from torch import nn
 from ava_fast.data.batches import document_offsets
 from ava_fast.engine import Engine
 
-PROBE = 64
+PROBE = 16
 """Tokens that a checkpoint records its loss on: few, as training waits for it."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 # Logits of one chunk: few enough to stay in a CPU's cache, enough rows to fill a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27, "meta": 2**27}
 
 
 class Head(nn.Linear):

@@ -11,6 +11,7 @@ from ava_kernels import Routing, load_balancing_loss, moe_mlp, route, router_z_l
 from torch import Tensor, nn
 
 from ava_fast.config import Config
+from ava_fast.parts import part
 
 
 class Routed(NamedTuple):
@@ -62,8 +63,22 @@ class MoeBlock(nn.Module):
 
     def forward(self, x_BSM: Tensor) -> tuple[Tensor, Routed]:
         """→ output (B, S, M), and what there is to say of the routing."""
-        moe = self.config
         x_TM = x_BSM.flatten(0, -2)
+        with part("routing"):
+            routing, logits_TE = self._route(x_TM)
+            routed = _routed(routing, logits_TE, self.config.score == "sigmoid")
+        with part("experts"):
+            out_TM = moe_mlp(x_TM, self.gate_up, self.down, routing)
+            if self.shared is not None:
+                shared_TM = self.shared(x_TM)
+                if self.shared_gate is not None:
+                    shared_TM = self.shared_gate(x_TM).sigmoid() * shared_TM
+                out_TM = out_TM + shared_TM
+        return out_TM.view_as(x_BSM), routed
+
+    def _route(self, x_TM: Tensor) -> tuple[Routing, Tensor]:
+        """→ the routing, and its logits (T, E) float32."""
+        moe = self.config
         router_input_TM = x_TM.float()
         if self.training and moe.jitter:
             noise = torch.empty_like(router_input_TM).uniform_(1.0 - moe.jitter, 1.0 + moe.jitter)
@@ -83,11 +98,7 @@ class MoeBlock(nn.Module):
             group_top_k=moe.group_top_k,
             scale=moe.scale,
         )
-        out_TM = moe_mlp(x_TM, self.gate_up, self.down, routing)
-        if self.shared is not None:
-            shared_TM = self.shared(x_TM)
-            out_TM = out_TM + (shared_TM if self.shared_gate is None else self.shared_gate(x_TM).sigmoid() * shared_TM)
-        return out_TM.view_as(x_BSM), _routed(routing, logits_TE, moe.score == "sigmoid")
+        return routing, logits_TE
 
     def _capacity(self, T: int) -> int | None:
         moe = self.config

@@ -21,6 +21,7 @@ from ava_fast.config import Config
 from ava_fast.model.attention import Attention, KeyValues
 from ava_fast.model.head import Head
 from ava_fast.model.moe import DenseMlp, MoeBlock, Routed
+from ava_fast.parts import part
 
 
 class Output(NamedTuple):
@@ -48,6 +49,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(model.num_layers))
         self.norm = _norm(config)
         self.head = Head(model.hidden_size, model.vocab_size)
+        self.recompute = config.memory.activation_checkpointing
+        """Activation checkpointing, which may be switched at any time."""
         self._rope: tuple[Tensor, Tensor] | None = None
         # Only what trains and evaluates: a generation's growing past would be compiled again and again.
         self._run = torch.compile(_without_cache) if config.training.compile else _without_cache
@@ -62,7 +65,7 @@ class Transformer(nn.Module):
         x_BSM = self.embed(tokens_BS)
         cos, sin = self._rope_rows(0, tokens_BS.shape[1], x_BSM.device)
         routed: list[Routed] = []
-        recompute = self.config.memory.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 # What the recomputation returns goes nowhere: requests are counted once.
@@ -71,7 +74,8 @@ class Transformer(nn.Module):
                 x_BSM, block_routed = self._run(block, x_BSM, cos, sin, cu_seqlens)
             if block_routed is not None:
                 routed.append(block_routed)
-        loss = self.head(self.norm(x_BSM), labels_BS)
+        with part("loss"):
+            loss = self.head(self.norm(x_BSM), labels_BS)
         if not routed:
             nothing = loss.new_zeros(())
             return Output(loss, loss.detach(), nothing, nothing, loss.new_zeros(4, 0), loss.new_zeros(0, 1).int())
@@ -138,12 +142,14 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Routed | None, KeyValues]:
         """→ x (B, S, M), what there is to say of the routing (None in a dense block), keys and values."""
-        attended_BSM, present = self.attention(self.attention_norm(x_BSM), cos, sin, past, cu_seqlens)
+        with part("attention"):
+            attended_BSM, present = self.attention(self.attention_norm(x_BSM), cos, sin, past, cu_seqlens)
         x_BSM = x_BSM + attended_BSM
         if isinstance(self.mlp, MoeBlock):
             mlp_BSM, routed = self.mlp(self.mlp_norm(x_BSM))
             return x_BSM + mlp_BSM, routed, present
-        return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, present
+        with part("mlp"):
+            return x_BSM + self.mlp(self.mlp_norm(x_BSM)), None, present
 
 
 def _without_cache(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ava_fast.config import Config
+from ava_fast.distributed.pace import NAMED_AFTER
 from ava_fast.observe.console import duration
 from ava_fast.observe.run import read_metrics
 
@@ -45,6 +46,11 @@ def _markdown(
         rows.append(("bad steps", ", ".join(f"{count} × {name}" for name, count in verdicts[-1]["counts"].items())))
     if retries := sum(record["retries"] for record in records if record["kind"] == "retry"):
         rows.append(("network errors, tried again", f"{retries:,}"))
+    restarts = [record for record in records if record["kind"] == "restart"]
+    if restarts:
+        redone = sum(record["lost_step"] - record["step"] for record in restarts)
+        rows.append(("restarts", f"{restarts[-1]['restarts']}, which cost {redone:,} steps done again"))
+    rows += [("slow rank", text) for text in _slow_ranks([r for r in records if r["kind"] == "pace"])]
     for name, value in rows:
         lines.append(f"| {name} | {value} |")
     if steps and "routing" in steps[-1]:
@@ -55,6 +61,12 @@ def _markdown(
             f"| {s['folder']} | {s['sequences']:,} | {s['epochs']:.2f} | {s['first_document']:,} |"
             for s in summary["sources"]
         ]
+    if restarts:
+        lines += ["", "## Restarts", "", "| after step | on from | ranks | seconds without a step | why |"]
+        lines += ["|---|---|---|---|---|"]
+        for r in restarts:
+            why = r["reason"].replace("|", " ")
+            lines.append(f"| {r['lost_step']} | {r['step']} | {r['world_size']} | {r['seconds']:.0f} | {why} |")
     if verdicts:
         lines += ["", "## Bad steps", "", "| after step | verdict | why | where |", "|---|---|---|---|"]
         lines += [f"| {v['step']} | {v['verdict']} | {v['reason']} | {_where(v['culprits'])} |" for v in verdicts[:50]]
@@ -95,6 +107,20 @@ def _rows(
         if name in summary:
             rows.append((f"{name} baseline", f"{summary[name]:.4f} nats per token on the same tokens"))
     return rows
+
+
+def _slow_ranks(paces: list[dict[str, Any]]) -> list[str]:
+    """`rank 3 on node7: up to 1.8 × the others' median, in 4 of 20 stretches`, for those that stayed slow."""
+    stayed = {each["rank"] for record in paces for each in record["outliers"] if each["in_a_row"] >= NAMED_AFTER}
+    named: dict[tuple[int, str], list[float]] = {}
+    for record in paces:
+        for each in record["outliers"]:
+            named.setdefault((each["rank"], each["host"]), []).append(each["times"])
+    return [
+        f"rank {rank} on {host}: up to {max(times):.3g} × the others' median, in {len(times)} of {len(paces)} stretches"
+        for (rank, host), times in sorted(named.items())
+        if rank in stayed
+    ]
 
 
 def _where(culprits: list[dict[str, Any]]) -> str:

@@ -23,10 +23,14 @@ class NoiseScale:
         self._small, self._big = small, big
         self._signal = self._noise = self._weight = 0.0
 
-    def update(self, small_square: float, big_square: float, big: float | None = None) -> None:
+    def update(self, small_square: float, big_square: float, *, big: float | None = None, parts: int = 1) -> None:
         """One measurement: mean of the small batches' squared norms, squared norm of the big one's, of `big` sequences
-        this time if that is given."""
-        small, big = self._small, big or self._big
+        this time if that is given.
+
+        Where the small ones were taken in `parts`, even or not, pass the mean of the parts' squared norms, weighted by
+        their share of the small batch: it is that of batches of small / parts.
+        """
+        small, big = self._small / parts, big or self._big
         signal = (big * big_square - small * small_square) / (big - small)
         noise = (small_square - big_square) / (1 / small - 1 / big)
         self._signal = WEIGHT * self._signal + (1 - WEIGHT) * signal

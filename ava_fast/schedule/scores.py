@@ -132,7 +132,7 @@ def scores(config: Config, source: Sequences) -> npt.NDArray[np.int64] | npt.NDA
 def _lengths(stream: TokenStream, rows: int, S: int) -> npt.NDArray[np.int64]:
     """Of a token: its document's tokens, the end of text among them. One pass over the split's tokens."""
     ends, before = [], 0
-    for array in stream.arrays:
+    for array in stream.arrays():
         for start in range(0, len(array), CHUNK_TOKENS):
             found = np.flatnonzero(array[start : start + CHUNK_TOKENS] == stream.eos_id)
             ends.append(found + (before + start + 1))
@@ -149,7 +149,7 @@ def _surprisals(stream: TokenStream, rows: int, S: int, progress: bool) -> npt.N
     """Of a token: −log of its share of the split. Two passes over the split's tokens."""
     counts = np.zeros(0, np.int64)
     with progress_bar(2 * len(stream), "rarity of rows", progress, "tokens") as bar:
-        for array in stream.arrays:
+        for array in stream.arrays():
             for start in range(0, len(array), CHUNK_TOKENS):
                 part = array[start : start + CHUNK_TOKENS]
                 found = np.bincount(part, minlength=len(counts))

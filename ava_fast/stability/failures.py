@@ -4,7 +4,7 @@
 |---|---|---|
 | network | an error of a connection or a remote disk | reading and saving are tried again, with growing pauses |
 | network | a collective that fails | every rank ends |
-| memory | no room on the device or the host | a clean stop, with advice |
+| memory | no room on the device or the host | the ladder of `room.py`; at its end a clean stop, with advice |
 | data | a share of a batch that cannot be read | all ranks skip the batch |
 | anything else | an exception in the model | all ranks skip the batch where they can agree, else every rank ends |
 """
@@ -30,7 +30,7 @@ _TRANSIENT |= {errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUN
 # What gloo and the host's allocators say in a plain RuntimeError.
 _COLLECTIVE = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "timed out waiting")
 _NO_ROOM = ("out of memory", "can't allocate memory", "cannot allocate memory")
-RETRIED = "network error, tried again"
+RETRIED, MADE_ROOM = "network error, tried again", "step taken again in less memory"
 """What the judge's counts call it."""
 _NETWORK = "network: "  # begins the line of such an error
 Result = TypeVar("Result")

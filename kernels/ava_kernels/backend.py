@@ -26,7 +26,7 @@ def runs_on_triton(tensor: Tensor) -> bool:
         return tensor.is_cuda and _has_triton()
     if not _has_triton():
         raise RuntimeError("AVA_KERNELS_BACKEND=triton, but triton is not installed: pip install triton")
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not tensor.is_cuda and not tensor.is_meta and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"AVA_KERNELS_BACKEND=triton, but a tensor is on {tensor.device}: move it to a GPU, or set "
             "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"

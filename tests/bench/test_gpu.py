@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, machine
+from bench import ceilings, figures, gpu, machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +80,55 @@ def test_no_step_starts_when_time_is_up(tmp_path, monkeypatch):
 
 def test_ceilings_of_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    gpu.ceilings()
+    monkeypatch.setattr("sys.argv", ["ceilings", "--size", "256", "--floats", str(2**18)])
+    ceilings.main()
     found = json.loads(next(tmp_path.glob("ceilings_*.json")).read_text())
     assert found["matmul"]["tflops"] == pytest.approx(2 * 256**3 / found["matmul"]["median_ms"] / 1e9)
     assert found["copy"]["gb_per_second"] == pytest.approx(2**21 / found["copy"]["median_ms"] / 1e6)
+
+
+def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(tmp_path, monkeypatch):
+    """Checks come before everything; tuning only where the experts are behind; what is left over goes on."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    rows = [
+        {"size": [8, 4, 2, 1, 1], "ratios": {"grouped_mm": {"forward": {"median": 1.6}, "backward": {"median": 1.6}}}},
+        {"size": [16, 4, 2, 1, 1], "ratios": {"liger": {"forward": {"median": 1.6}, "backward": {"median": 1.2}}}},
+    ]
+    (tmp_path / "experts_cuda.json").write_text(json.dumps({"sizes": rows}))
+    session = gpu.Session("cuda", time.monotonic() + 1000, tmp_path)
+    done = []
+    monkeypatch.setattr(session, "build_extension", lambda: None)
+    monkeypatch.setattr(session, "check", lambda group: done.append(f"check {group[0]}") or [])
+
+    def step(name, arguments, limit, echo=""):
+        done.append(name)
+        commands[name] = arguments
+        limits.append(limit)
+        session.result["steps"][name] = {"status": "exit code 1"}
+
+    commands, limits = {}, []
+    monkeypatch.setattr(session, "step", step)
+    assert session.run() == 1
+    after = ["ceilings", "experts", "attention", "routing", "gradients", "rotary", "loss"]
+    assert [name for name in done if "check" not in name] == [*after, "tuning", "experts, tuned", "training step"]
+    assert "check" not in " ".join(done[done.index("ceilings") :])
+    assert commands["tuning"][-2:] == ["--shapes", "16,4,2,1,1"]
+    assert commands["experts, tuned"][-2:] == ["--size", "16,4,2,1,1"]
+    assert limits[-1] == pytest.approx(1020, abs=20)  # nobody used any time
+    (tmp_path / "experts_cuda.json").unlink()
+    assert gpu.behind(tmp_path / "experts_cuda.json") == []
+
+
+def test_the_steps_are_commands_that_work(tmp_path, monkeypatch, small_and_seeded):
+    """On a CPU; the longest have tests of their own."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    session = gpu.Session("cpu", time.monotonic() + 600, tmp_path)
+    for name in ("rotary", "loss", "routing"):
+        _, module, *arguments = session.arguments(name, True)
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        importlib.import_module(module).main()
+        (path,) = tmp_path.glob(f"{name}_*.json")
+        rows = figures.read(path).rows
+        assert {row.contender for row in rows} >= {"ours"}
+        assert all(row.bytes for row in rows)
+    assert session.arguments("tuning", True) is None

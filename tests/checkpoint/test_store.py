@@ -125,14 +125,15 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_half_listed(tmp_path: Path, m
     save(tmp_path, 1)
 
     def killed(path: Path, **_: Any) -> None:
-        (path / "engine" / "weights.bin").unlink(missing_ok=True)
-        raise KeyboardInterrupt
+        if path.exists():
+            (path / "engine" / "weights.bin").unlink()
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             store._delete(tmp_path / "step_1")
-    assert store.list_checkpoints(tmp_path) == [] or store.read_manifest(tmp_path / "step_1")
+    assert store.list_checkpoints(tmp_path) == []
     save(tmp_path, 2)
     assert not list(tmp_path.glob("*.gone"))
 

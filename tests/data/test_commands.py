@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from samples import jsonl, text, write_all
+from samples import jsonl, parquet, text, write_all
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from ava_fast import cli
@@ -61,7 +62,8 @@ def test_validate_tokenizer_prepare_validate(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(out)["checks"][2] == {
         "name": "hashes",
         "ok": False,
-        "detail": "4 of 5 files agree: train/00000.bin",
+        "detail": "6 of 7 files agree: train/00000.bin",
+        "values": {"files": 7, "wrong": ["train/00000.bin"]},
     }
 
 
@@ -82,7 +84,65 @@ def test_the_checklist_of_a_folder_of_text(tmp_path: Path) -> None:
     failed = [check for check in validate(tmp_path) if not check.ok]
     assert [check.name for check in failed] == ["files"]
     assert "b.parquet begins as Parquet but is cut off or damaged" in failed[0].detail
+    assert checks["confidence"].detail == "1.0 in every file"
+    assert checks["tokens"].values == {"estimate": estimate}
+    assert checks["duplicates"].values == {"copies": 5, "of": 55}
+    lines = jsonl(range(10)).splitlines(keepends=True)
+    (tmp_path / "c.jsonl").write_bytes(b"".join([*lines[:9], b"words\n"]))
+    least = next(check for check in validate(tmp_path) if check.name == "confidence")
+    assert least.detail.startswith("at least 0.9, of c.jsonl: 9 of 10 samples are JSON objects")
+    assert least.values == {"least": 0.9, "path": "c.jsonl"}
     assert [check.ok for check in validate(tmp_path / "nowhere")] == [False]
+
+
+def test_every_filter_of_the_command_leaves_out_what_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    words = text(3, 60)
+    rows = ["short", "buy " * 50, "on and on it goes, and " * 9, words, words + " more", words, text(1), text(2)]
+    rows += [f"aloud, {text(4)}"]
+    (texts / "x.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    # The installed command has the folder of its script first on the path, and not the one the user is in.
+    (tmp_path / "mine.py").write_text("def ask(text):\n    return 'loud' if 'aloud' in text else None\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    options = ["--min-length", "20", "--max-consecutive-repeats", "9", "--max-repetition", "0.5", "--hook", "mine:ask"]
+    options += ["--near-duplicates", "0.8", "--text-column", "body", "--vocab-size", "300"]
+    code, out, _ = run(capsys, "prepare", "--data-dir", "texts", "--output", "out", *options)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("left out")] == [
+        "left out 1: shorter than 20 characters, such as x.jsonl line 1: 'short'",
+        f"left out 1: one word or line more than 9 times in a row, such as x.jsonl line 2: {'buy ' * 20!r}",
+        "left out 1: repetition above 0.5, such as x.jsonl line 3: " + repr(("on and on it goes, and " * 9)[:80]),
+        f"left out 1: loud, such as x.jsonl line 9: {('aloud, ' + text(4))[:80]!r}",
+        f"left out 1: a copy of an earlier document, such as x.jsonl: {words[:80]!r}",
+        f"left out 1: a near-copy of an earlier document, such as x.jsonl: {words[:80]!r}",
+    ]
+    (folder,) = (tmp_path / "out").iterdir()
+    assert read_index(folder).train.documents + read_index(folder).validation.documents == 3
+
+
+def test_each_kind_of_loss_is_shown_with_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    data = bytearray(parquet(range(300)))
+    data[2000:2100] = bytes(byte ^ 255 for byte in data[2000:2100])
+    (texts / "a.parquet").write_bytes(data)
+    (texts / "b").symlink_to("nowhere")
+    arguments = ["--data-dir", str(texts), "--output", str(tmp_path / "out" / "deep"), "--vocab-size", "300"]
+    code, out, err = run(capsys, "prepare", *arguments)
+    assert code == 2
+    assert err.startswith("data.max_loss: ")
+    assert not (tmp_path / "out").exists(), "nothing half-written stays"
+    code, out, _ = run(capsys, "prepare", *arguments, "--max-loss", "0.9")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line.startswith("not read")]
+    assert [line.partition(":")[2].split(":")[0] for line in lines] == [
+        " b cannot be read",
+        " a.parquet row group 0 row 0 cannot be read",
+    ]
 
 
 def test_a_trained_tokenizer_is_reproducible_and_keeps_to_its_options(

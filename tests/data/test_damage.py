@@ -19,19 +19,19 @@ from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer
 
-LENGTH, SHARD, SEQUENCES = 32, 4096, 640  # five shards, the second of 128 sequences and two pages of memory
+LENGTH, SHARD, SEQUENCES = 32, 4096, 640  # five shards, the second of 128 sequences
 STEPS, BEFORE, BATCH, AHEAD = 16, 3, 4, 2
 KINDS = ["flipped", "cut", "removed"]
 
 
 def spoil(file: Path, kind: str) -> None:
-    """What happens under way; tokens of a vocabulary of 300 are below 300."""
+    """What happens under way."""
     if kind == "flipped":
         with file.open("r+b") as opened:
             opened.seek(2000)
-            opened.write(np.full(1000, 65_535, "<u2").tobytes())
+            opened.write(np.full(1000, 299, "<u2").tobytes())  # possible tokens: only the checks tell
     elif kind == "cut":
-        os.truncate(file, 100)  # what lies behind the first page is gone: touching it would be SIGBUS
+        os.truncate(file, 100)
     else:
         file.unlink()
 
@@ -92,11 +92,11 @@ def test_ranks_go_on_together_past_what_cannot_be_read(
     records = read_metrics(root / kind / "metrics.jsonl")
     verdicts = [record for record in records if record["kind"] == "verdict"]
     assert first["position"] == BATCH * (STEPS + len(verdicts))
-    if kind == "removed":  # a mapped file outlives its name
+    if kind == "removed":  # an open file outlives its name
         assert not verdicts
         return
-    says = "holds token 65535 but" if kind == "flipped" else "has been cut to 100 of 8,192 bytes"
-    assert all(f"00001.bin {says}" in error for v in verdicts for c in v["culprits"] for error in c["errors"])
+    says = " or the checks.bin beside it is damaged" if kind == "flipped" else " has been cut to 100 of 8,192 bytes"
+    assert all(f"00001.bin{says}" in error for v in verdicts for c in v["culprits"] for error in c["errors"])
     failed = {(v["position"] // BATCH - 1, c["rank"]) for v in verdicts for c in v["culprits"]}
     touching = {
         (batch, number)

@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from samples import jsonl, parquet
+from samples import MAKERS, jsonl, parquet, text
 
 from ava_fast.data.download import CURATED, read_manifest
 from ava_fast.errors import UserError
@@ -123,9 +124,11 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
-def run(endpoint: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    endpoint: str, folder: Path, *arguments: str, before: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`ava-fast download` in a process of its own: the hub's library reads its endpoint when it is imported."""
-    script = (
+    script = f"{before}\n" + (
         "import sys; from ava_fast.data import download; download.BACK_OFF_SECONDS = 0.01\n"
         "import argparse, logging; from ava_fast.data.commands import add_data_commands\n"
         "from ava_fast.errors import UserError\n"
@@ -151,18 +154,93 @@ def test_a_dataset_arrives_verified_and_is_not_fetched_again(tmp_path: Path, hub
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "data" / "owner--corpus"
     assert result.stdout.splitlines() == [
-        f"{folder}: 3 files at {COMMIT[:12]}, license cc0-1.0",
+        f"{folder}: 3 files at {COMMIT[:12]}",
+        "1 of them became Parquet, 100 texts without other columns; --as-is keeps these",
+        "license cc0-1.0, as it says of itself: read https://huggingface.co/datasets/owner/corpus before you train "
+        "on it",
         f"prepare it with: ava-fast prepare --data-dir {folder} --output shards",
     ]
-    for name in ("data/a.parquet", "data/b.jsonl", "other/c.parquet"):
+    for name in ("data/a.parquet", "other/c.parquet"):
         assert (folder / name).read_bytes() == hub.files[name]
-    assert not (folder / "README.md").exists()
+    made = folder / "data" / "b.jsonl.parquet"
+    assert pq.read_table(made).to_pydict() == {"text": [text(number) for number in range(3000, 3100)]}
+    assert files(folder) == [".download.json", "data/a.parquet", "data/b.jsonl.parquet", "other/c.parquet"]
     record = json.loads((folder / ".download.json").read_text())
     assert record["revision"] == COMMIT
-    assert record["files"]["data/b.jsonl"]["sha256"] == hashlib.sha256(hub.files["data/b.jsonl"]).hexdigest()
-    before = hub.gets.total()
+    known = record["files"]["data/b.jsonl"]
+    assert known["sha256"] == hashlib.sha256(hub.files["data/b.jsonl"]).hexdigest()
+    assert known["parquet"]["sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
+    before, at = hub.gets.total(), made.stat().st_mtime_ns
+    (folder / "data" / "b.jsonl").write_bytes(b"a run ended just before it removed this")
     assert run(hub.endpoint, tmp_path, "--dataset", REPOSITORY).returncode == 0
     assert hub.gets.total() == before == 3
+    assert made.stat().st_mtime_ns == at
+    assert not (folder / "data" / "b.jsonl").exists()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_format_becomes_parquet_unless_something_of_it_would_be_lost(tmp_path: Path, hub: Hub) -> None:
+    hub.files = {f"{place}.{'arrow' if 'arrow' in name else 'json'}": make(range(place * 100, place * 100 + 60))
+                 for place, (name, make) in enumerate(MAKERS.items())}  # fmt: skip
+    hub.files["broken.jsonl"] = jsonl(range(50)) + b"{\n" + jsonl(range(50))
+    hub.files["body.jsonl"] = jsonl(range(50), "body")
+    folder = tmp_path / "data" / "owner--corpus"
+    result = run(hub.endpoint, tmp_path, "--dataset", REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    assert "broken.jsonl stays as it is: line 51 is not JSON" in result.stderr
+    assert "body.jsonl stays as it is: is JSON lines without a text column" in result.stderr
+    record = json.loads((folder / ".download.json").read_text())["files"]
+    for place, (name, make) in enumerate(MAKERS.items()):
+        (stored,) = folder.glob(f"{place}.*")
+        if name == "parquet":
+            assert stored.read_bytes() == make(range(place * 100, place * 100 + 60))
+            continue
+        assert stored.name.endswith(".parquet"), name
+        assert pq.read_table(stored).to_pydict() == {"text": [text(n) for n in range(place * 100, place * 100 + 60)]}
+        assert record[stored.name.removesuffix(".parquet")]["parquet"]["rows"] == 60
+    for name in ("broken.jsonl", "body.jsonl"):
+        assert (folder / name).read_bytes() == hub.files[name]
+    before = hub.gets.total()
+    again = run(hub.endpoint, tmp_path, "--dataset", REPOSITORY)
+    assert (again.returncode, hub.gets.total()) == (0, before)
+    assert "stays" not in again.stderr, "it is known, and not tried again"
+    asked = run(hub.endpoint, tmp_path / "b", "--dataset", REPOSITORY, "--text-column", "body", "--max-files", "9")
+    assert asked.returncode == 0, asked.stderr
+    assert (tmp_path / "b/data/owner--corpus/body.jsonl.parquet").exists()
+    assert run(hub.endpoint, tmp_path / "c", "--dataset", REPOSITORY, "--as-is").returncode == 0
+    assert files(tmp_path / "c/data/owner--corpus") == [".download.json", *sorted(hub.files)]
+
+
+def test_a_run_that_ends_while_it_converts_goes_on_without_a_download(tmp_path: Path, hub: Hub) -> None:
+    hub.files = {"b.jsonl": jsonl(range(100))}
+    dies = "import os, ava_fast.data.convert as convert; convert.sync = lambda path: os.kill(os.getpid(), 9)"
+    assert run(hub.endpoint, tmp_path, "--dataset", REPOSITORY, before=dies).returncode == -9
+    folder = tmp_path / "data" / "owner--corpus"
+    assert files(folder) == [".b.jsonl.parquet.part", ".download.json", "b.jsonl"]
+    assert run(hub.endpoint, tmp_path, "--dataset", REPOSITORY).returncode == 0
+    assert files(folder) == [".download.json", "b.jsonl.parquet"]
+    assert hub.gets["b.jsonl"] == 1
+
+
+def test_what_becomes_parquet_is_never_in_memory_whole(tmp_path: Path) -> None:
+    line = json.dumps({"text": "word " * 2000}).encode() + b"\n"
+    with (tmp_path / "x.jsonl").open("wb") as file:
+        for _ in range(30):
+            file.write(line * 1000)  # 300 MB
+    script = (
+        "import resource, sys; from pathlib import Path; from ava_fast.data.convert import to_parquet\n"
+        "import pyarrow.parquet\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(to_parquet(Path(sys.argv[1]), 'x.jsonl').rows)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    rows, grown = map(int, result.stdout.split())
+    assert rows == 30_000
+    assert grown < 150, "MiB; the text is 286"
 
 
 def test_a_broken_download_goes_on_where_it_broke(tmp_path: Path, hub: Hub) -> None:
@@ -212,7 +290,8 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path) -> None:
         assert result.returncode == 2
         last = result.stderr.splitlines()[-1]
         assert last.startswith("--dataset: http://127.0.0.1:9 cannot be reached")
-        assert "`hf download wikimedia/wikipedia --repo-type dataset --local-dir D`, copy D here" in last
+        command = "hf download wikimedia/wikipedia --repo-type dataset --include '20231101.en/*.parquet' --local-dir D"
+        assert f"where there is a network, run `{command}`, copy D here" in last
         assert not (tmp_path / "data").exists()
 
 
@@ -252,3 +331,10 @@ def test_the_curated_list_is_well_formed() -> None:
     assert len(entries) >= 8
     assert all(entry.license != "not given" for entry in entries)
     assert len({entry.repository for entry in entries}) == len(entries)
+
+
+def test_the_list_says_where_each_license_is_found(tmp_path: Path) -> None:
+    lines = run("http://127.0.0.1:9", tmp_path, "--list").stdout.splitlines()
+    assert lines[0].split() == ["name", "repository", "license"]
+    assert lines[1].split() == ["wikipedia", "wikimedia/wikipedia", "CC-BY-SA-3.0,", "GFDL"]
+    assert "read https://huggingface.co/datasets/<repository> before you train on it" in lines[-1]

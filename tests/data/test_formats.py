@@ -66,6 +66,15 @@ def test_the_confidence_is_the_share_of_ten_samples(tmp_path: Path, bad: int, ki
         assert f"confidence {found.confidence:.1f} of 0.7" in str(found.refused)
 
 
+def test_lines_that_alternate_are_seen_to_be_of_two_kinds(tmp_path: Path) -> None:
+    for count in (40, 200, 8000):
+        lines = jsonl(range(count)).splitlines(keepends=True)
+        lines[::2] = [f"{'words that are no JSON ' * (number % 7 + 5)}\n".encode() for number in range(count // 2)]
+        found = look(tmp_path, b"".join(lines))
+        assert found.kind is None, (count, found)
+        assert "not surely" in str(found.refused)
+
+
 def test_the_samples_are_spread_over_a_large_file(tmp_path: Path) -> None:
     lines = jsonl(range(8000)).splitlines(keepends=True)
     lines[4000:] = [b"words that are no JSON at all, and many of them, to make this half as large\n" * 4] * 4000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -281,6 +283,26 @@ def test_a_file_that_changes_meanwhile_is_refused(
     with pytest.raises(UserError, match=r"data\.data_dir: .*b\.jsonl changed while the folder was being prepared"):
         make(source, tmp_path / "out", tokenizer, filters=FiltersConfig(hook="writer:hook"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_shows_bytes_tokens_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "x.jsonl").write_bytes(jsonl(range(200)))
+    monkeypatch.setattr(prepare_module, "BAR_DELAY_SECONDS", 0)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    prepare(source, tmp_path / "out", vocab_size=300)
+    bars = [line for line in sys.stderr.getvalue().split("\r") if line.startswith("tokenizing")]  # type: ignore[attr-defined]
+    size = (source / "x.jsonl").stat().st_size
+    assert re.search(
+        rf"100%\|.*\| {size / 1e3:.1f}k/{size / 1e3:.1f}k \[00:0\d<00:00, .*B/s, .* M tokens, [\d,]+ tokens/s\]",
+        bars[-1],
+    )
 
 
 def test_other_filters_give_another_folder(tmp_path: Path, tokenizer: Path) -> None:

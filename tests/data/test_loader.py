@@ -293,13 +293,13 @@ def test_the_reading_thread_ends_with_its_loader() -> None:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """What happens to the shard that holds tokens 40 to 59, in bytes 0 to 39, while it is mapped."""
+    """What happens to the shard that holds tokens 40 to 59, in bytes 0 to 39, while it is open."""
     file = folder / "train" / "00002.bin"
     match kind:
         case "flipped":
             with file.open("r+b") as opened:
                 opened.seek(14)
-                opened.write(np.array([60_000], "<u2").tobytes())
+                opened.write(np.array([998], "<u2").tobytes())  # a possible token
         case "cut":
             os.truncate(file, 20)
         case "removed":
@@ -313,7 +313,7 @@ def damage(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("flipped", r"00002\.bin holds token 60000 but the vocabulary has 1000 \(at byte 14\); the file is damaged"),
+        ("flipped", r"00002\.bin or the checks\.bin beside it is damaged: bytes 0 to 40 are not what was written"),
         ("cut", r"00002\.bin has been cut to 20 of 40 bytes since this run opened it; prepare the data again"),
         ("removed", None),
         ("replaced", None),
@@ -327,7 +327,7 @@ def test_a_file_that_changes_under_way_costs_the_batches_that_need_it_and_no_mor
         expected = [batch[0] for batch in global_batches(folder, 1, 34, max_length=4, batch_size=1, seed=0)]
         loader = TokenLoader(folder, **arguments)  # type: ignore[arg-type]
         damage(folder, kind)
-        needs = {"flipped": {11}, "cut": set(range(9, 15))}.get(kind, set())  # sequence i is tokens 4i to 4i + 4
+        needs = set(range(9, 15)) if kind in ("flipped", "cut") else set()  # sequence i is tokens 4i to 4i + 4
         failed = {}
         for place in range(34):
             (_, index), *_ = loader.batches.share(place)

@@ -44,8 +44,10 @@ def test_documents_are_stored_one_after_the_other_with_an_end_each(tmp_path: Pat
         "skipped.jsonl",
         "tokenizer.json",
         *(f"train/0000{number}.bin" for number in range(4)),
+        "train/checks.bin",
         "train/documents.bin",
         "validation/00000.bin",
+        "validation/checks.bin",
         "validation/documents.bin",
     ]
     index = read_index(folder)
@@ -152,9 +154,71 @@ def test_damage_is_refused_with_the_file_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train/00001\.bin is missing"):
         read_index(folder)
     shard.write_bytes(np.array([1, 100], "<u2").tobytes())
-    stream = TokenStream(folder, read_index(folder), "train")
-    with pytest.raises(UserError, match=r"00001\.bin holds token 100 but the vocabulary has 100"):
-        stream.read(3, 6)
+    with pytest.raises(UserError, match=r"00001\.bin or the checks\.bin beside it is damaged: bytes 0 to 4 are not"):
+        TokenStream(folder, read_index(folder), "train").read(3, 6)
+    tree = json.loads((folder / "index.json").read_text())
+    del tree["train"]["checks_sha256"]
+    (folder / "index.json").write_text(json.dumps(tree))  # as before there were checks
+    with pytest.raises(UserError, match=r"00001\.bin holds token 100 but the vocabulary has 100 \(at byte 2\)"):
+        TokenStream(folder, read_index(folder), "train").read(3, 6)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 2**17])
+def test_no_flipped_byte_is_ever_read(tmp_path: Path, vocab_size: int) -> None:
+    folder, tokens = tmp_path / "s", np.arange(3000) % 90
+    write(folder, [Piece(tokens[:1700], 1, True), Piece(tokens[1700:], 1, True)], vocab_size, shard_tokens=1300)
+    index = read_index(folder)
+    stream, size = TokenStream(folder, index, "train"), np.dtype(index.dtype).itemsize
+    whole = stream.read(0, 3002)
+    random = np.random.default_rng(0)
+    for place in [0, 1299 * size, *random.integers(0, 3002 * size, 60).tolist()]:
+        shard, offset = divmod(place, 1300 * size)
+        file = folder / index.train.shards[shard].file
+        original = file.read_bytes()
+        content = bytearray(original)
+        content[offset] ^= 1 << int(random.integers(8))
+        file.write_bytes(content)
+        start = place // size
+        first = int(random.integers(max(0, start - 700), start + 1))
+        last = int(random.integers(start + 1, min(start + 700, 3002) + 1))
+        with pytest.raises(UserError, match=rf"{file.name} or the checks\.bin beside it is damaged: bytes "):
+            stream.read(first, last)
+        piece = offset // 1024 * 1024  # within the shard; what lies in others is read
+        before, behind = shard * 1300 + piece // size, shard * 1300 + min(piece + 1024, len(content)) // size
+        assert np.array_equal(stream.read(0, before), whole[:before])
+        assert np.array_equal(stream.read(behind, 3002), whole[behind:])
+        file.write_bytes(original)
+    assert np.array_equal(stream.read(0, 3002), whole)
+    (folder / "train" / "checks.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checks\.bin holds 0 bytes where the index says"):
+        read_index(folder)
+    with pytest.raises(UserError, match=r"damaged: bytes 0 to 1,024 are not what was written"):
+        stream.read(0, 5)
+
+
+def test_a_disk_that_fails_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write(folder, [Piece([1, 2, 3, 4, 5], 1, True)])
+    index = read_index(folder)
+    (folder / "train/00001.bin").unlink()
+    (folder / "train/00001.bin").symlink_to("/proc/self/mem")  # whose first page gives EIO
+    stream = TokenStream(folder, index, "train")
+    assert stream.read(0, 4).tolist() == [1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"00001\.bin cannot be read at byte 0: Input/output error"):
+        stream.read(0, 5)
+
+
+def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
+    write(tmp_path / "s", [Piece(list(range(8)) * 50, 1, True)])
+    index = read_index(tmp_path / "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
+        stream = TokenStream(tmp_path / "s", index, "train")
+        assert stream.read(0, 401).tolist() == [*list(range(8)) * 50, EOS]
+    finally:
+        stream.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(

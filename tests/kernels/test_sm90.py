@@ -4,32 +4,73 @@ experts' products with the instructions that they are written for; they compile 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from bench import guard, machine
+
 SHARED_MEMORY = {90: 227 * 1024, 80: 99 * 1024}  # the most that a program may have; sm_80's is that of sm_86 and sm_89
 
 
-def compiled(folder: Path, architecture: int, cases: str = "") -> list[dict]:
-    report = folder / f"sm{architecture}.json"
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "AVA_KERNELS_CACHE")
-    }
-    command = [sys.executable, "-m", "bench.sm90", "--json", report]
-    command += ["--architecture", str(architecture), "--cases", cases]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
-    rows = json.loads(report.read_text())
+def compiled(architecture: int, cases: str = "") -> list[dict]:
+    rows = guard.compiled(architecture, cases)
     assert [row for row in rows if row["spills"]] == []
     assert [row for row in rows if row["registers"] * row["warps"] * 32 > 65536] == []
     assert [row for row in rows if row["shared"] > SHARED_MEMORY[architecture]] == []
     return rows
 
 
-def test_kernels_compile_for_sm_90_without_spills(tmp_path):
-    rows = compiled(tmp_path, 90)
+@pytest.fixture(scope="module")
+def for_sm_90() -> list[dict]:
+    return compiled(90)
+
+
+def baseline() -> dict:
+    recorded = json.loads((guard.BASELINES / "sm90.json").read_text())
+    if recorded["triton"] != machine.installed("triton"):
+        pytest.skip(f"the baseline is of triton {recorded['triton']}")
+    return recorded
+
+
+def test_no_kernel_compiles_to_more_than_its_baseline(for_sm_90):
+    assert guard.sm90_faults(for_sm_90, baseline()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("spills", 4, "spills 4, allowed are 0"),
+        ("shared", 16, "shared"),
+        ("registers", 9, "registers"),
+        ("wgmma", -1, "wgmma instructions"),
+        ("tma", -1, "tma instructions"),
+        ("cp_async", -1, "cp_async instructions"),
+    ],
+)
+def test_the_guard_sees_one_kernel_compile_to_more(for_sm_90, field, change, said):
+    at = next(i for i, row in enumerate(for_sm_90) if row["kernel"] == "_up" and row["tma"] and row["cp_async"])
+    worse = [{**row, field: row[field] + change} if i == at else row for i, row in enumerate(for_sm_90)]
+    (fault,) = guard.sm90_faults(worse, baseline())
+    assert fault.startswith(f"{for_sm_90[at]['case']}, _up: ")
+    assert said in fault
+    assert guard.sm90_faults(for_sm_90[1:], baseline())[0].endswith("record the baseline anew if that is meant")
+
+
+def test_the_guard_sees_a_tile_that_spills(tmp_path):
+    """Compiled, not made up: four warps have too few registers for these accumulators."""
+    case = "moe_mlp 32768×2048, 64/8 of 1024"
+    (tmp_path / "tiles.json").write_text(json.dumps({"sm_90": {"weights": {"16 bit": [128, 256, 32, 4, 3, 8, 1]}}}))
+    rows = guard.compiled(90, f"^{case}$", tmp_path)
+    recorded = baseline()
+    recorded["kernels"] = {case: recorded["kernels"][case]}
+    faults = guard.sm90_faults(rows, recorded)
+    assert faults
+    assert all(", _weights" in fault for fault in faults)
+    assert any("spills" in fault for fault in faults)
+
+
+def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
+    rows = for_sm_90
     routing = {"_select", "serve", "_sum_columns", "_place", "_gradient", "_count_keys", "_order_keys"}
     moving = {"_take_rows", "_sum_rows", "_dot_rows"}
     experts = {"_up", "_rows", "_back", "_weights", "_invert", "_add_parts"}
@@ -50,8 +91,8 @@ def test_kernels_compile_for_sm_90_without_spills(tmp_path):
             assert row["wgmma"] > 0, row
 
 
-def test_the_experts_products_compile_for_sm_80(tmp_path):
-    rows = compiled(tmp_path, 80, "moe_mlp, |32768×2048")
+def test_the_experts_products_compile_for_sm_80():
+    rows = compiled(80, "moe_mlp, |32768×2048")
     products = [row for row in rows if row["kernel"] in ("_up", "_rows", "_back", "_weights")]
     assert products
     assert not any(row["wgmma"] or row["tma"] for row in products)

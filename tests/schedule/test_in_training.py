@@ -87,7 +87,7 @@ def shards(file: str) -> str:
 
 @pytest.fixture(scope="module")
 def seen(file: str, shards: str, root: Path) -> dict[int, tuple[list[Any], list[Any]]]:
-    return run_on_ranks(exercise, 2, file, shards, root)[0]
+    return run_on_ranks(exercise, 2, file, shards, root, timeout=300.0)[0]
 
 
 def of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

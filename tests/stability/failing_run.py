@@ -1,11 +1,13 @@
 """A run in which one rank fails, for torchrun: `failing_run.py WHAT RANK STEP --config …`.
 
-WHAT: forward or backward raises in the second block, or the rank is killed there.
+WHAT: forward or backward raises in the second block, or the rank is killed, stopped or hangs there. Once: not when
+torchrun has started it anew.
 """
 
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from ava_fast import train
@@ -16,9 +18,14 @@ def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
     """Makes `rank` fail in the midst of the first micro-batch after `step` steps."""
 
     def fail(*_: Any) -> None:
-        if trainer.engine.rank == rank and trainer.step == step:
+        anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if trainer.engine.rank == rank and trainer.step == step and not anew:
             if what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if what == "hung":
+                time.sleep(600)
             raise ValueError("no such luck")
 
     model = trainer.engine.model
@@ -32,9 +39,9 @@ if __name__ == "__main__":
     what, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     run = Trainer.run
 
-    def sabotaged(trainer: Trainer) -> None:
+    def sabotaged(trainer: Trainer, watch: Any) -> None:
         sabotage(trainer, what, rank, step)
-        run(trainer)
+        run(trainer, watch)
 
     Trainer.run = sabotaged  # type: ignore[method-assign]
     code = train.main(sys.argv[4:])

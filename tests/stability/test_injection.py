@@ -200,6 +200,7 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         seen[stage, precision]["resumed"] = resumed.train()
         if stage == 3:
             continue
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"on_out_of_memory": "stop"})})
         no_room = Run(config, shards, folder / "no room", weights)
         no_room.faults = {3: ("out of memory", 1)}
         seen[stage, precision]["no room"] = no_room.train()
