@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ava_fast.config import Config, Fault
+from ava_fast.config import Config, Fault, saved_config
 from ava_fast.data.order import LONGEST_CYCLE, cycle
 
 MAX_HEAD_DIM = 256  # ava_kernels.attention's, without the second that importing torch takes
@@ -185,7 +185,7 @@ def world_size_conflicts(config: Config, world_size: int) -> list[Fault]:
 def model_differences(config: Config, saved: dict[str, Any]) -> list[str]:
     """Settings in which weights with the sections `model` and `moe` of `saved` are another model than `config`'s."""
     own = _identity(config)
-    other = _identity(Config.model_validate({section: saved[section] for section in ("model", "moe")}))
+    other = _identity(saved_config({section: saved[section] for section in ("model", "moe")}))
     return [f"{key} is {own[key]}, there it is {other[key]}" for key in own if own[key] != other[key]]
 
 

@@ -543,6 +543,23 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     return _validate(tree, source, faults)
 
 
+def saved_config(tree: dict[str, Any]) -> Config:
+    """The settings of a checkpoint, as its manifest has them. What another release knew and this one does not is left
+    out, and what only this one knows has its default."""
+    return Config.model_validate(_still_known(tree, Config))
+
+
+def _still_known(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    known = {}
+    for key, value in tree.items():
+        if (field := section.model_fields.get(key)) is None:
+            continue
+        inner = field.annotation
+        closed = isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict)
+        known[key] = _still_known(value, inner) if closed else value  # type: ignore[arg-type]
+    return known
+
+
 def dump_config(config: Config) -> str:
     """The resolved tree as YAML that `load_config` reads back to an equal tree."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=False)

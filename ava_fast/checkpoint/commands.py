@@ -216,13 +216,13 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
-    from ava_fast.config import Config
+    from ava_fast.config import saved_config
     from ava_fast.evaluate.heldout import probe_loss
     from ava_fast.model.transformer import Transformer
 
     checkpoint = store.find_checkpoint(Path(options.source))
     manifest = store.read_manifest(checkpoint)
-    config = Config.model_validate(manifest["config"])
+    config = saved_config(manifest["config"])
     model = Transformer(config)
     model.load_state_dict(Shards(checkpoint / "engine").weights())
     bf16 = config.training.precision == "bf16"

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ava_fast.checkpoint import store
-from ava_fast.config import Config, load_config
+from ava_fast.config import Config, load_config, saved_config
 from ava_fast.files import sha256
 
 IMPORTED = "model.safetensors"
@@ -24,7 +24,7 @@ def read_source(source: Path) -> tuple[dict[str, Tensor], Config, Path | None]:
         return weights, load_config(source / "config.yaml"), tokenizer if tokenizer.is_file() else None
     checkpoint = store.find_checkpoint(source)
     manifest = store.read_manifest(checkpoint)
-    config = Config.model_validate(manifest["config"])
+    config = saved_config(manifest["config"])
     return read_weights(checkpoint / "engine"), config, checkpoint / "tokenizer.json"
 
 

@@ -9,7 +9,7 @@ import torch
 from ava_fast import cli
 from ava_fast.checkpoint import store
 from ava_fast.checkpoint.generators import packed, unpacked
-from ava_fast.config import Config
+from ava_fast.config import saved_config
 from ava_fast.engine import Engine, close_distributed, init_distributed
 from ava_fast.model.transformer import Transformer
 
@@ -29,7 +29,7 @@ def test_its_weights_have_the_loss_that_was_recorded(folder: Path, capsys: pytes
 @pytest.mark.parametrize("folder", FORMATS, ids=lambda path: path.name)
 def test_its_moments_and_generators_are_taken_up(folder: Path) -> None:
     manifest = store.read_manifest(folder)
-    config = Config.model_validate(manifest["config"])
+    config = saved_config(manifest["config"])
     init_distributed(config)
     try:
         engine = Engine(Transformer(config), config)
