@@ -145,7 +145,7 @@ class Trainer:
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
         self._peak = peak_flops(config, self.engine.device)
         self._unshown = (0, 0, 0.0)  # steps, tokens and seconds since the last step record
-        self._look = CloseLook(model, training)
+        self._look = CloseLook(training)
 
     def _build(self, model: Transformer) -> None:
         self.engine = Engine(model, self.config)
@@ -162,7 +162,7 @@ class Trainer:
                 self.run(watch)
             return
         self._pace.hosts = [peer.host for peer in watch.peers]
-        with self._watched(), self._signals_noted(), self._look:
+        with self._watched(), self._signals_noted(), self._look.at(self.engine.model):
             try:
                 self._run(watch)
             except (TrainingError, Interrupted):
@@ -441,8 +441,10 @@ class Trainer:
         checkpoint = self.checkpoints / f"step_{self.step}"
         self.engine.release()
         self.config = room.with_room(self.config, then)
+        self._look.turn_to(None)
         del self.engine, self.keeper  # there is no room for two
         self._build(Transformer(self.config))
+        self._look.turn_to(self.engine.model)
         self.load(checkpoint)
 
     def _operate(self) -> surgery.Matrix:

@@ -102,7 +102,9 @@ def _in_turn(variants: dict[str, list[str]], shards: Any, root: Path, rounds: in
             stack.enter_context(trainers[name]._watched())
         for at in range(rounds + 3):
             for name in names[at % len(names) :] + names[: at % len(names)]:
-                with trainers[name]._look:  # of debug: its hooks come and go outside of the time taken
+                with trainers[name]._look.at(
+                    trainers[name].engine.model
+                ):  # of debug: its hooks come and go outside of the time taken
                     started_at = time.process_time()
                     trainers[name].advance()
                     elapsed = time.process_time() - started_at

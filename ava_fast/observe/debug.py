@@ -1,7 +1,7 @@
 """`training.mode: debug`: looks at what every module gives, and asks torch for deterministic algorithms.
 
-    look = CloseLook(model, config.training)
-    with look:
+    look = CloseLook(config.training)
+    with look.at(model):
         ...
         look.first      # the first module whose output was not finite since `look.begin()`, or None
 
@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,25 +31,35 @@ class CloseLook:
     first: str | None
     """`blocks.1.mlp: 3 of 4,096 values are not finite`; the innermost module, in the order of the forward pass."""
 
-    def __init__(self, model: nn.Module, training: TrainingConfig):
-        self._model, self._training = model, training
-        self._on, self._shapes, self.first = ExitStack(), True, None
+    def __init__(self, training: TrainingConfig):
+        self._training, self._looking, self._shapes, self.first = training, False, True, None
+        self._hooks = ExitStack()
 
-    def __enter__(self) -> CloseLook:
+    @contextmanager
+    def at(self, model: nn.Module) -> Iterator[None]:
+        """Looks at this model, or at what `turn_to` names, until the block ends."""
         if self._training.mode != "debug":
-            return self
-        for name, module in self._model.named_modules():
-            handle = module.register_forward_hook(functools.partial(self._look, name or "the model"))
-            self._on.callback(handle.remove)
-        self._on.enter_context(torch.autograd.set_detect_anomaly(self._training.detect_anomaly))
+            yield
+            return
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self._on.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
-        return self
+        self._looking = True
+        try:
+            with torch.autograd.set_detect_anomaly(self._training.detect_anomaly):
+                self.turn_to(model)
+                yield
+        finally:
+            self.turn_to(None)
+            self._looking = False
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
-    def __exit__(self, *_: object) -> None:
-        self._on.close()
+    def turn_to(self, model: nn.Module | None) -> None:
+        """Leaves the model that it looks at for this one, if it looks at any."""
+        self._hooks.close()
+        for name, module in model.named_modules() if model is not None and self._looking else ():
+            handle = module.register_forward_hook(functools.partial(self._look, name or "the model"))
+            self._hooks.callback(handle.remove)
 
     def begin(self) -> None:
         """A step begins. The first one's shapes go into debug.log, module by module."""

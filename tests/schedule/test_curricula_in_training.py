@@ -94,8 +94,9 @@ def settings(file: str, name: str) -> Config:
 
 
 def once(file: str, shards: str, root: Path, name: str) -> list[dict[str, Any]]:
-    """Runs on every rank → the records of one run."""
-    config = settings(file, name)
+    """Runs on every rank → the records of one run, whose rows are computed three at a time at most, then cut."""
+    settled = settings(file, name)
+    config = settled.model_copy(update={"memory": settled.memory.model_copy(update={"micro_batch": 3})})
     init_distributed(config)
     Trainer(config, root, Path(shards)).run()
     close_distributed()
@@ -124,15 +125,17 @@ def exercise(file: str, shards: str, root: Path, names: list[str]) -> dict[str, 
     return seen
 
 
-def _first_batch(config: Config, shards: str) -> float:
-    """The gradient's norm of the first step of a plain model over all its rows at once."""
+def _first_batch(config: Config, shards: str) -> tuple[float, float]:
+    """Loss and gradient norm of the first step of a plain model over all its rows at once."""
     loader = TokenLoader(
         Path(shards), max_length=LENGTH, batch_size=3 * BATCH, seed=0, orders=easy_first(config, Path(shards))
     )
     seed_generators(config.training.seed)
     model = Transformer(config)
-    model(*in_pieces(loader.next_batch(), 4)).objective.backward()
-    return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+    output = model(*in_pieces(loader.next_batch(), 4))
+    output.objective.backward()
+    squares = sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)
+    return output.loss.item(), math.sqrt(squares)
 
 
 def _hooks(model: Transformer) -> int:
@@ -243,10 +246,10 @@ def test_the_batch_follows_the_noise_scale(seen: dict[str, Any]) -> None:
     assert len(set(sizes)) > 1
 
 
-def test_the_gradient_is_the_mean_over_the_steps_own_micro_batches(seen: dict[str, Any]) -> None:
+def test_loss_and_gradient_are_means_over_the_steps_own_micro_batches(seen: dict[str, Any]) -> None:
     first = of(seen[STAGED][0], "step")[0]
     assert first["micro_batches"] == 3
-    assert first["grad_norm"] == pytest.approx(seen["first batch"], rel=1e-4)
+    assert (first["loss"], first["grad_norm"]) == pytest.approx(seen["first batch"], rel=1e-4)
 
 
 def test_one_rank_sees_what_two_do(seen: dict[str, Any], file: str, shards: str, root: Path) -> None:
