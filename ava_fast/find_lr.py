@@ -23,9 +23,10 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ava_fast.config import Config, CurriculumConfig, load_config
+from ava_fast.config import Config, load_config
 from ava_fast.errors import UserError
 from ava_fast.files import write_whole
+from ava_fast.settings import CurriculumConfig
 
 DIVERGED = 4.0  # times the best smoothed loss, as fastai's finder has it
 PICKS = ("steepest", "tenth", "minimum")

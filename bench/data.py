@@ -32,10 +32,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ava_fast.config import FiltersConfig
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import read_index
 from ava_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from ava_fast.settings import FiltersConfig
 from bench import machine
 
 VOCABULARY = 32_000

@@ -13,8 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from ava_fast.config import TrainingConfig
 from ava_fast.schedule.learning_rate import learning_rate
+from ava_fast.settings import TrainingConfig
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "schedules.png"
 STEPS = 1000

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ava_fast.config import FiltersConfig
 from ava_fast.errors import UserError
+from ava_fast.settings import FiltersConfig
 
 
 def add_data_commands(commands: Any) -> None:

@@ -24,12 +24,12 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from ava_fast.config import Section
 from ava_fast.data.convert import Converted, to_parquet
 from ava_fast.data.formats import DATA_SUFFIXES
 from ava_fast.data.prepare import progress_bar
 from ava_fast.errors import UserError
 from ava_fast.files import sync, write_whole
+from ava_fast.settings import Section
 
 CURATED = Path(__file__).with_name("manifest.yaml")
 ATTEMPTS = 5

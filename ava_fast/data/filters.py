@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ava_fast.config import FiltersConfig
 from ava_fast.errors import UserError
+from ava_fast.settings import FiltersConfig
 
 PERMUTATIONS = 128
 NGRAM = 4

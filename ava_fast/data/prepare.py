@@ -27,7 +27,6 @@ import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ava_fast.config import FiltersConfig
 from ava_fast.data import pool
 from ava_fast.data.assemble import Tally, assemble, check_loss, tally
 from ava_fast.data.corpus import Corpus, scan, split
@@ -43,6 +42,7 @@ from ava_fast.data.tokenizer import (
 from ava_fast.data.work import BATCH_CHARACTERS, Plan, Worker, batches, finished_tasks, make_plan, write_lost
 from ava_fast.errors import UserError
 from ava_fast.files import write_whole
+from ava_fast.settings import FiltersConfig
 
 PROCESS_BYTES = 32 << 20
 """Text that makes another process worth its start; less is tokenized by this one, on every core all the same."""

@@ -39,10 +39,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
-from ava_fast.config import Count, Positive, Section
 from ava_fast.data.corpus import Skipped
 from ava_fast.errors import UserError
 from ava_fast.files import sync, write_synced
+from ava_fast.settings import Count, Positive, Section
 
 FORMAT_VERSION: Final = 1
 SHARD_TOKENS = 64 * 2**20

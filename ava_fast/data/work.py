@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ava_fast.config import FiltersConfig
 from ava_fast.data.corpus import File, unit_hash
 from ava_fast.data.encoder import WordEncoder
 from ava_fast.data.filters import PERMUTATIONS, load_hook, reject, signature
@@ -31,6 +30,7 @@ from ava_fast.data.readers import PART_BYTES, Lines, Lost, Part, Record, divide,
 from ava_fast.data.tokenizer import cut, load_tokenizer
 from ava_fast.errors import UserError
 from ava_fast.files import sync
+from ava_fast.settings import FiltersConfig
 
 BATCH_CHARACTERS = 4 << 20
 """Text per batch, and per call of the tokenizer where it uses every core."""

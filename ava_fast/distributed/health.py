@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch.distributed as dist
 
-from ava_fast.config import DistributedConfig
 from ava_fast.distributed import elastic, stuck
 from ava_fast.errors import Interrupted
+from ava_fast.settings import DistributedConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ava_fast.config import TrainingConfig
+from ava_fast.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

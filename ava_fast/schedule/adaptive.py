@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from ava_fast.config import TrainingConfig
 from ava_fast.schedule.learning_rate import learning_rate, warmup_steps
+from ava_fast.settings import TrainingConfig
 
 STEADY = 1 / 3  # norms of a model that trains well spread by a tenth of their median; of one that bounces, by half
 

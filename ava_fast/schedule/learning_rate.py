@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ava_fast.config import TrainingConfig
+from ava_fast.settings import TrainingConfig
 
 ONE_CYCLE_START = 1 / 25  # of the peak, as in torch's OneCycleLR
 EXPONENTIAL_START = 0.01  # of the peak

@@ -38,7 +38,7 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
-from ava_fast.config import StabilityConfig
+from ava_fast.settings import StabilityConfig
 
 _NORM_FLOOR, _LOSS_FLOOR = 0.1, 0.02  # least deviation, as a share of the median; of the loss, in nats below 1
 

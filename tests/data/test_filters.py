@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from samples import text
 
-from ava_fast.config import FiltersConfig
 from ava_fast.data.filters import bands, load_hook, longest_run, near_copies, reject, repetition, signature
 from ava_fast.errors import UserError
+from ava_fast.settings import FiltersConfig
 
 
 def test_nothing_is_rejected_by_default() -> None:

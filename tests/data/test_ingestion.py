@@ -21,11 +21,11 @@ import ava_fast.data.pool as pool_module
 import ava_fast.data.prepare as prepare_module
 import ava_fast.data.readers as readers_module
 import ava_fast.data.work as work_module
-from ava_fast.config import FiltersConfig
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import DOCUMENT, TokenStream, read_index
 from ava_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from ava_fast.errors import UserError
+from ava_fast.settings import FiltersConfig
 
 
 @pytest.fixture(scope="module")

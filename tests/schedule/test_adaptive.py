@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ava_fast.config import AdaptiveLrConfig, TrainingConfig
 from ava_fast.schedule.adaptive import AdaptiveRate
 from ava_fast.schedule.learning_rate import learning_rate, warmup_steps
+from ava_fast.settings import AdaptiveLrConfig, TrainingConfig
 
 LOSSES = st.floats(0.5, 5.0)
 NORMS = st.floats(0.01, 10.0)

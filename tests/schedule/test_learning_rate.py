@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from ava_fast.config import TrainingConfig
 from ava_fast.schedule.learning_rate import learning_rate, warmup_steps
+from ava_fast.settings import TrainingConfig
 
 SHAPES = ["cosine", "cosine_with_restarts", "linear", "polynomial", "onecycle", "sgdr", "wsd", "constant"]
 FALLING = ["cosine", "linear", "polynomial", "onecycle", "wsd", "constant"]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ava_fast.config import Config, StabilityConfig
+from ava_fast.config import Config
+from ava_fast.settings import StabilityConfig
 from ava_fast.stability.judge import Judge, Ruling, Trouble, Verdict
 
 BAD = [math.nan, math.inf, -math.inf]
