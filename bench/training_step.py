@@ -143,7 +143,7 @@ def _compare(config: Config, batch: int, runs: int, allotted: float) -> dict[str
     return {
         "runs": len(times["ava-fast"]),
         "parameters": sum(parameter.numel() for parameter in Transformer(config).parameters()),
-        "flops": flops_per_token(config) * tokens,
+        "flops": flops_per_token(config, config.data.max_length) * tokens,
         "contenders": {
             name: {**machine.spread(seconds), "tokens_per_second": tokens / statistics.median(seconds)}
             for name, seconds in times.items()
@@ -160,7 +160,7 @@ def _compare(config: Config, batch: int, runs: int, allotted: float) -> dict[str
 def compare_apart(config: Config, batch: int, runs: int, device: str, load: str) -> dict[str, Any]:
     """Figures of every contender that can be built and run, and why others cannot."""
     peak, tokens = peak_flops(config, torch.device(device)), batch * config.data.max_length
-    flops = flops_per_token(config) * tokens
+    flops = flops_per_token(config, config.data.max_length) * tokens
     figures: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     parameters = 0
