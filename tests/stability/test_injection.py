@@ -181,7 +181,7 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         half = Run(config, shards, folder / "half", weights)
         for _ in range(4):
             half.trainer._step()
-        half.trainer.save()
+        half.trainer.save(wait=True)
         by_hand = Run(config, shards, folder / "by hand", weights)
         by_hand.trainer.load(folder / "half" / "checkpoints" / "step_4")
         by_hand.trainer.judge._cut = 0.5
