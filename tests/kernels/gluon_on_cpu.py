@@ -256,7 +256,7 @@ LANGUAGE = types.SimpleNamespace(
     cdiv=lambda a, b: -(-a // b),
     max=lambda x, axis: x.amax(axis),
     sum=lambda x, axis: x.sum(axis),
-    arange=lambda start, end, layout=None: torch.arange(start, end),
+    arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     convert_layout=lambda x, layout: x,
@@ -264,7 +264,7 @@ LANGUAGE = types.SimpleNamespace(
     permute=lambda x, order: x.permute(order),
     split=lambda x: (_of_a_layout(x[..., 0]), _of_a_layout(x[..., 1])),
     join=lambda x, y: torch.stack((x, y), -1),
-    program_id=lambda axis: torch.tensor(_program.number),
+    program_id=lambda axis: _scalar(_program.number),
     load=_load,
     store=_store,
     allocate_shared_memory=_allocate,
@@ -329,7 +329,12 @@ def _argument(value: Any) -> Any:
             dtype=value.base.dtype,
             layout=value.layout,
         )
-    return torch.tensor(value) if type(value) is int else value
+    return _scalar(value) if type(value) is int else value
+
+
+def _scalar(value: int) -> torch.Tensor:
+    """As wide as Triton makes it: 32 bits where they are enough, which then overflow."""
+    return torch.tensor([value], dtype=torch.int32 if -(2**31) <= value < 2**31 else torch.int64)
 
 
 @contextmanager

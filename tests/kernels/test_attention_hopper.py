@@ -105,6 +105,17 @@ def test_strided_and_expanded_tensors():
     assert_right([q, k, v], table(140, 64))
 
 
+def test_offsets_beyond_31_bits():
+    tensors = []
+    for t in inputs(70, 70, (2, 2)):
+        try:  # memory that is never touched costs nothing
+            storage = torch.empty(70 * 2**25, dtype=t.dtype)
+        except RuntimeError:
+            pytest.skip("no 14 GiB of address space")
+        tensors.append(storage.as_strided(t.shape, (0, 2**25, 64, 1)).copy_(t.detach()).requires_grad_())
+    assert_right(tensors, table(70, 64))
+
+
 def test_large_logits():
     q, k, v = inputs(150, 150)
     assert_right([(t.detach() * 30).requires_grad_() for t in (q, k)] + [v])
