@@ -53,7 +53,8 @@ class Utilisation:
         self.level = 0
         self._peak = (0.0, 0)  # the largest share so far, and its rank
         if device.type == "cpu" and thresholds is not None:
-            self._statm = Path("/proc/self/statm").open("rb", buffering=0)  # noqa: SIM115: read at every pass
+            # Open as long as the run, as it is read at every pass.
+            self._statm = Path("/proc/self/statm").open("rb", buffering=0)  # noqa: SIM115
             self._whole = memory_limit() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def look(self) -> None:
