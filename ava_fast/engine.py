@@ -390,7 +390,8 @@ class Engine:
             optimizer.unscale_and_clip_grads = lambda *_: None
         elif self._config.memory.offload_optimizer:
             self._on_host = [master.grad for master in optimizer.single_partition_of_fp32_groups]
-            optimizer.check_overflow = lambda **_: None
+            optimizer.check_overflow = optimizer.set_norm_for_param_grad_in_gpu = lambda *_, **__: None
+            optimizer.update_offload_overflow_tracker = lambda _: None
             optimizer.scaled_global_norm = lambda: self._measure(self._on_host)
         elif self._config.training.precision == "bf16" and self._stage == 1:
             # Every rank holds the whole gradient; it measures the share that it updates.
@@ -555,7 +556,8 @@ def _deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
         },
     }
     if config.memory.offload_optimizer:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        pinned = torch.cuda.is_available()
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW needs no compiler, and is the same rule
     if stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
