@@ -29,6 +29,7 @@ from ava_fast.files import write_whole
 from ava_fast.settings import CurriculumConfig
 
 DIVERGED = 4.0  # times the best smoothed loss, as fastai's finder has it
+SAME = 0.05  # of what the loss falls in all: minima that differ by less are noise
 PICKS = ("steepest", "tenth", "minimum")
 
 
@@ -41,14 +42,23 @@ class RangeTest:
     diverged: bool
 
     def smooth(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The losses without their noise: quadratics fitted to a fifth of the test around each."""
-        window = max(5, len(self.losses) // 5) | 1
-        return savitzky_golay(np.array(self.losses), min(window, (len(self.losses) - 1) | 1), 2)
+        """The losses without their noise: quadratics fitted to a fifth of the test around each.
+
+        A quadratic dips below every loss beside a spike, and would find the minimum there; so of each loss and its
+        neighbours the median counts, which leaves what rises or falls as it is.
+        """
+        losses, window = np.array(self.losses), max(5, len(self.losses) // 5) | 1
+        losses[1:-1] = np.median([losses[:-2], losses[1:-1], losses[2:]], axis=0)
+        return savitzky_golay(losses, min(window, (len(losses) - 1) | 1), 2)
 
     def suggestions(self) -> dict[str, float]:
-        """Rates: where the loss falls `steepest` per factor of the rate, at its `minimum`, and a `tenth` of that."""
+        """Rates: where the loss falls `steepest` per factor of the rate, at its `minimum`, and a `tenth` of that. Of
+        several equally low places the first is the minimum: the later ones are a model that has begun to bounce."""
         smooth, log_rates = self.smooth(), np.log(self.rates)
-        lowest = int(np.argmin(smooth))
+        low = smooth <= smooth.min() + SAME * (smooth[0] - smooth.min())
+        first = int(np.argmax(low))
+        end = first + int(np.argmin(low[first:])) if not low[first:].all() else len(low)
+        lowest = first + int(np.argmin(smooth[first:end]))
         slope = np.gradient(smooth, log_rates)
         steepest = int(np.argmin(slope[: max(lowest, 1)]))
         minimum = self.rates[lowest]

@@ -37,6 +37,20 @@ def test_suggestions_of_a_curve_that_is_known() -> None:
     assert suggested["steepest"] == pytest.approx(1e-3, rel=0.5)
     assert suggested["minimum"] == pytest.approx(rates[np.argmin(losses)], rel=0.6)
     assert suggested["tenth"] == pytest.approx(suggested["minimum"] / 10)
+    losses[150] *= 20  # one bad step, where the curve has turned: beside it nothing dips, and nothing else moves
+    spiked = RangeTest(list(rates), list(losses), diverged=True)
+    assert spiked.smooth().min() == pytest.approx(min(losses), rel=0.05)
+    assert spiked.suggestions()["minimum"] == pytest.approx(rates[np.argmin(losses)], rel=0.6)
+
+
+def test_of_two_minima_the_first_counts_unless_the_second_is_lower_by_more_than_noise() -> None:
+    rates = np.geomspace(1e-6, 1.0, 200)
+    at = np.log10(rates)
+    for depth, lowest in ((2.02, 1e-3), (2.5, 1e-1)):
+        losses = 6 - 2 * np.exp(-2 * (at + 3) ** 2) - depth * np.exp(-2 * (at + 1) ** 2)
+        suggested = RangeTest(list(rates), list(losses), diverged=True).suggestions()
+        assert suggested["minimum"] == pytest.approx(lowest, rel=0.3)
+        assert suggested["steepest"] < 1e-1
 
 
 @pytest.mark.parametrize(
