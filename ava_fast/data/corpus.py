@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from ava_fast.data.formats import DATA_SUFFIXES, SAMPLES, Compression, Detected, Kind, detect_open
 from ava_fast.data.readers import LONGEST_TEXT
 from ava_fast.errors import UserError
@@ -124,6 +122,8 @@ def scan(data_dir: str | Path | None, text_column: str | None = None, progress: 
             raise UserError(f"data.data_dir: '{data_dir}' {problem}")
         names, skipped = _walk(root)
         source = str(root.resolve())
+    from tqdm import tqdm  # the workers, who import this module too, start sooner without
+
     files = []
     # None: only on a terminal
     for name in tqdm(names, "looking at files", unit=" files", delay=2, disable=None if progress else True):

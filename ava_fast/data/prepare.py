@@ -44,8 +44,8 @@ from ava_fast.errors import UserError
 from ava_fast.files import write_whole
 from ava_fast.settings import FiltersConfig
 
-PROCESS_BYTES = 32 << 20
-"""Text that makes another process worth its start; less is tokenized by this one, on every core all the same."""
+PROCESS_BYTES = 8 << 20
+"""Text that makes another process worth its start."""
 TRAINING_BYTES = 1 << 30
 """Of files, from which a tokenizer is trained; where there are more, of tasks spread evenly over them."""
 BAR_DELAY_SECONDS = 2
@@ -208,7 +208,7 @@ def _tokenize(
             else:
                 worker = Worker(work, plan, encoder.tokenizer, dtype, BATCH_CHARACTERS)
                 for task in missing:
-                    worker.run(task, BATCH_CHARACTERS, report)
+                    worker.run(task, report)
         except _TooMuchLost:
             pass  # the batches that are there say what
 

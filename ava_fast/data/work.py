@@ -33,7 +33,9 @@ from ava_fast.files import sync
 from ava_fast.settings import FiltersConfig
 
 BATCH_CHARACTERS = 4 << 20
-"""Text per batch, and per call of the tokenizer where it uses every core."""
+"""Text per batch."""
+CALL_CHARACTERS = 1 << 20
+"""Text per call of the encoder: more is slower, for the memory it takes."""
 BATCH_EVENTS = 10_000
 TABLE = np.dtype([("unit", "<f8"), ("digest", "V16"), ("tokens", "<u8"), ("bytes", "<u8"), ("file", "<u4")])
 """A document in a batch: held out where `unit` is below the fraction; the hash of its text; its lengths; its file."""
@@ -226,51 +228,51 @@ class Worker:
         self._folder, self._plan, self._encoder = folder, plan, WordEncoder(tokenizer)
         self._dtype, self._characters = np.dtype(dtype).newbyteorder("<"), characters
 
-    def run(self, task: int, call_characters: int, report: Callable[[dict[str, Any]], None]) -> None:
+    def run(self, task: int, report: Callable[[dict[str, Any]], None]) -> None:
         """Completes a task: batches that are there already are read again but not computed."""
         for number, batch in enumerate(batches(self._plan, self._plan.tasks[task], self._characters)):
             path = batch_path(self._folder, task, number, batch.last)
             tokens = 0
             if not path.exists():
-                tokens = self._save(path, batch, call_characters)
+                tokens = self._save(path, batch)
             lost = [event for event in batch.events if event.kind == "lost"]
             report({
                 "read": batch.read, "tokens": tokens, "lost": sum(event.bytes for event in lost), "last": batch.last
             })  # fmt: skip
 
-    def _save(self, path: Path, batch: Batch, call_characters: int) -> int:
+    def _save(self, path: Path, batch: Batch) -> int:
         table = np.zeros(len(batch.documents), TABLE)
-        tokens: list[npt.NDArray[Any]] = []
         for number, document in enumerate(batch.documents):
             size = len(document.text.encode())
             table[number] = (document.unit, document.digest, 0, size, document.file)
-        for number, ids in self._encode(batch.documents, call_characters):
-            table["tokens"][number] += len(ids)
-            tokens.append(np.array(ids, self._dtype))
-        arrays = {"table": table, "tokens": np.concatenate(tokens) if tokens else np.zeros(0, self._dtype)}
+        tokens = [np.zeros(0, self._dtype)]
+        for numbers, ids, counts in self._encode(batch.documents):
+            np.add.at(table["tokens"], numbers, counts.astype(np.uint64))
+            tokens.append(ids.astype(self._dtype))
+        arrays = {"table": table, "tokens": np.concatenate(tokens)}
         if self._plan.filters.near_duplicates is not None:
             signatures = [signature(document.text) for document in batch.documents]
             arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS)
         save_batch(path, batch.events, arrays)
         return len(arrays["tokens"])
 
-    def _encode(self, documents: list[Document], call_characters: int) -> Iterator[tuple[int, list[int]]]:
-        """(document, tokens of its next piece), in order."""
-        pieces: list[tuple[int, str]] = []
+    def _encode(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.uint32], npt.NDArray[np.int64]]]:
+        """(document of each next piece, the tokens of these pieces, how many of them are each piece's), in order."""
+        numbers: list[int] = []
+        pieces: list[str] = []
         size = 0
-
-        def encode() -> Iterator[tuple[int, list[int]]]:
-            ids = self._encoder([text for _, text in pieces])
-            return ((number, tokens) for (number, _), tokens in zip(pieces, ids, strict=True))
-
         for number, document in enumerate(documents):
             for piece in cut(document.text):
-                pieces.append((number, piece))
+                numbers.append(number)
+                pieces.append(piece)
                 size += len(piece)
-                if size >= call_characters:
-                    yield from encode()
-                    pieces, size = [], 0
-        yield from encode()
+                if size >= CALL_CHARACTERS:
+                    yield numbers, *self._encoder(pieces)
+                    numbers, pieces, size = [], [], 0
+        if pieces:
+            yield numbers, *self._encoder(pieces)
 
 
 def batch_path(folder: Path, task: int, number: int, last: bool) -> Path:
@@ -338,7 +340,7 @@ def main() -> None:
 
     for line in sys.stdin:
         try:
-            worker.run(int(line), tree["batch_characters"] // 4, report)
+            worker.run(int(line), report)
         except UserError as error:
             report({"error": str(error)})
         except BrokenPipeError:  # nobody will use what is left of the task
