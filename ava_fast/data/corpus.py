@@ -150,13 +150,14 @@ def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
             # A small file is read once, for its kind, its hash and whether all of it is text.
             data = file.read() if status.st_size <= LONGEST_TEXT else None
             content: BinaryIO = file if data is None else io.BytesIO(data)
-            found = detect_open(content, status.st_size, path.suffix.lower() in DATA_SUFFIXES, text_column)
+            promises_text = path.suffix.lower() in DATA_SUFFIXES
+            found = detect_open(content, status.st_size, promises_text, text_column)
             identity = hashlib.sha256(data).hexdigest() if data is not None else _identity(file, status)
     except OSError as error:
         return Skipped(name, f"cannot be read: {error.strerror}", lost=1)
     reason, damaged = found.refused, found.damaged
     if data is not None and found.compression is None and found.encoding == "utf-8-sig":
-        reason, damaged = _whole_text(data, found)
+        reason, damaged = _whole_text(data, found, promises_text)
     if reason is not None:
         return Skipped(name, reason, lost=status.st_size if damaged else 0)
     assert found.kind is not None
@@ -174,12 +175,12 @@ def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
     )
 
 
-def _whole_text(data: bytes, found: Detected) -> tuple[str | None, bool]:
+def _whole_text(data: bytes, found: Detected, promises_text: bool) -> tuple[str | None, bool]:
     """Why a file that was read whole is set aside, and whether that is damage, where its samples say plain text."""
     if found.kind not in ("text", None) or (found.kind is None and "UTF-8" not in str(found.refused)):
         return found.refused, found.damaged
     if b"\0" in data:
-        return "is binary: it holds a NUL byte", found.damaged
+        return "is binary: it holds a NUL byte", promises_text
     try:
         data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

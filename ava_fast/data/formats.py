@@ -364,7 +364,8 @@ def _judge(
         reasons,
         compression=compression,
         refused=refused,
-        damaged=refused is not None and (promises_text or bool(counts["misencoded"])),
+        # Text in another encoding holds no NUL; a picture has lines with and lines without.
+        damaged=refused is not None and (promises_text or bool(counts["misencoded"] and not counts["binary"])),
     )
 
 
