@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ava_fast.data.apart import Apart, Died
 from ava_fast.data.corpus import File, unit_hash
 from ava_fast.data.encoder import WordEncoder
 from ava_fast.data.filters import PERMUTATIONS, load_hook, reject, signature
@@ -127,15 +128,18 @@ def make_plan(files: list[File], filters: FiltersConfig, heldout_share: float = 
     return Plan(files, tasks, filters, heldout_share)
 
 
-def batches(plan: Plan, task: list[Span], characters: int) -> Iterator[Batch]:
-    """A task's documents and events, in batches that depend on nothing else; the last one is marked."""
+def batches(plan: Plan, task: list[Span], characters: int, apart: Apart | None = None) -> Iterator[Batch]:
+    """A task's documents and events, in batches that depend on nothing else; the last one is marked.
+
+    With `apart`, what pyarrow reads is read there.
+    """
     hook, _ = load_hook(plan.filters.hook)
     batch, size = Batch(), 0
     for number, start, stop in task:
         file = plan.files[number]
         _check_unchanged(file)
         before = 0 if file.kind in ("parquet", "arrow_file") else start
-        for item in _read(plan, file, start, stop):
+        for item in _read(plan, number, start, stop, apart):
             if isinstance(item, Lines):
                 batch.events.append(Event("lines", number, {"line": item.total}))
                 continue
@@ -162,15 +166,35 @@ def batches(plan: Plan, task: list[Span], characters: int) -> Iterator[Batch]:
     yield batch
 
 
-def _read(plan: Plan, file: File, start: int, stop: int) -> Iterator[Record | Lost | Lines]:
+def _read(plan: Plan, number: int, start: int, stop: int, apart: Apart | None) -> Iterator[Record | Lost | Lines]:
+    file = plan.files[number]
+    part = Part(file.kind, start, stop, file.column, file.compression, file.encoding)
     if plan.heldout_share:
         # The only document there is: its end is held out.
         text = file.read()
         edge = max(1, int(len(text) * (1 - plan.heldout_share)))
         yield Record(text[:edge], {"record": 1}, 0)
         yield Record(text[edge:], {"record": 2}, file.size)
+    elif apart is None or not file.by_pyarrow:
+        yield from read(file.path, part)
     else:
-        yield from read(file.path, Part(file.kind, start, stop, file.column, file.compression, file.encoding))
+        try:
+            yield from apart.each(read, file.path, part)
+        except Died as error:
+            yield Lost(str(error), {}, file.size, span_bytes(plan, (number, start, stop)))
+
+
+def span_bytes(plan: Plan, span: Span) -> int:
+    """How much of a file that is; of one that is divided by row groups or batches, its share of these."""
+    number, start, stop = span
+    file = plan.files[number]
+    if file.kind not in ("parquet", "arrow_file"):
+        return stop - start
+    return (
+        file.size
+        * (stop - start)
+        // sum(part[2] - part[1] for parts in plan.tasks for part in parts if part[0] == number)
+    )
 
 
 def _document(file: File, number: int, start: int, item: Record) -> Document:
@@ -224,13 +248,22 @@ def _check_unchanged(file: File) -> None:
 class Worker:
     """Computes batches of one plan into one folder."""
 
-    def __init__(self, folder: Path, plan: Plan, tokenizer: Tokenizer, dtype: str, characters: int = BATCH_CHARACTERS):
-        self._folder, self._plan, self._encoder = folder, plan, WordEncoder(tokenizer)
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        dtype: str,
+        characters: int = BATCH_CHARACTERS,
+        apart: Apart | None = None,
+    ):
+        self._folder, self._plan, self._encoder, self._apart = folder, plan, WordEncoder(tokenizer), apart
         self._dtype, self._characters = np.dtype(dtype).newbyteorder("<"), characters
 
     def run(self, task: int, report: Callable[[dict[str, Any]], None]) -> None:
         """Completes a task: batches that are there already are read again but not computed."""
-        for number, batch in enumerate(batches(self._plan, self._plan.tasks[task], self._characters)):
+        found = batches(self._plan, self._plan.tasks[task], self._characters, self._apart)
+        for number, batch in enumerate(found):
             path = batch_path(self._folder, task, number, batch.last)
             tokens = 0
             if not path.exists():
@@ -314,16 +347,8 @@ def write_lost(folder: Path, plan: Plan, task: int, reason: str) -> None:
     while batch_path(folder, task, number, False).exists():
         number += 1
     events = []
-    for file_number, start, stop in plan.tasks[task]:
-        file = plan.files[file_number]
-        size = stop - start
-        if file.kind in ("parquet", "arrow_file"):  # of as many row groups, or batches
-            size = (
-                file.size
-                * size
-                // sum(part[2] - part[1] for parts in plan.tasks for part in parts if part[0] == file_number)
-            )
-        events.append(Event("lost", file_number, {}, reason, size, 1))
+    for span in plan.tasks[task]:
+        events.append(Event("lost", span[0], {}, reason, span_bytes(plan, span), 1))
     save_batch(batch_path(folder, task, number, True), events, {})
 
 
