@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import WORDS, jsonl, parquet, text, write_all
+from samples import WORDS, arrow, jsonl, parquet, text, write_all
 
+import ava_fast.data.convert as convert_module
 import ava_fast.data.corpus as corpus_module
 import ava_fast.data.pool as pool_module
 import ava_fast.data.prepare as prepare_module
@@ -384,6 +385,12 @@ def test_commands_that_read_in_their_own_process_survive_a_file_that_kills_its_r
     assert entry == {"path": "b.parquet", "reason": "its reader died (exit code -11)"}
     plan = work_module.make_plan(scan(source).files, FiltersConfig())
     assert len(list(prepare_module.training_texts(plan, 0.0, lambda size: None))) == 100
+    monkeypatch.setattr(convert_module, "read", deadly.read)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "b.parquet").write_bytes(arrow(range(50)))
+    assert convert_module.to_parquet(hub, "b.parquet") == "its reader died (exit code -11)"
+    assert os.listdir(hub) == ["b.parquet"]
     monkeypatch.setattr(corpus_module, "_look_and_divide", deadly.look)
     (skipped,) = scan(source).skipped
     assert (skipped.path, skipped.reason) == ("b.parquet", "its reader died (exit code -11)")
