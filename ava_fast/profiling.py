@@ -29,7 +29,7 @@ from ava_fast.errors import UserError
 from ava_fast.observe import trace as traces
 from ava_fast.observe.run import say
 from ava_fast.parts import named, part
-from ava_fast.train import _on_rank_0, _preflight, _prepare
+from ava_fast.train import on_rank_0, preflight, prepare_data
 from ava_fast.trainer import Trainer
 
 WARM_UP = 3
@@ -38,14 +38,14 @@ WARM_UP = 3
 def profile(config: Config, steps: int) -> Path:
     """Profiles `steps` steps after WARM_UP others on every rank, from within a process group; returns the folder."""
     rank = dist.get_rank()
-    _on_rank_0(lambda: _preflight(config))
-    shards = _on_rank_0(lambda: _prepare(config))
-    output = _on_rank_0(lambda: _new_folder(Path(config.logging.output_dir)))
+    on_rank_0(lambda: preflight(config))
+    shards = prepare_data(config)
+    output = on_rank_0(lambda: _new_folder(Path(config.logging.output_dir)))
     trainer = Trainer(config, output, shards)
     if rank == 0:
         say(f"{WARM_UP} steps to warm up, then {steps} with the profiler, on {dist.get_world_size()} rank(s)")
     for _ in range(WARM_UP):
-        trainer._step()
+        trainer.advance()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr when it starts and stops
     cuda = trainer.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -53,7 +53,7 @@ def profile(config: Config, steps: int) -> Path:
         for number in range(steps):
             started_at = time.perf_counter()
             with part("step"):
-                trainer._step()
+                trainer.advance()
                 if cuda:
                     torch.cuda.synchronize()  # its kernels belong to this step
             if rank == 0:

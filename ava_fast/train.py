@@ -75,16 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(config: Config, options: argparse.Namespace, started_at: float) -> None:
     agents = elastic.agents()
-    past = _on_rank_0(lambda: elastic.look_back(config, agents))
+    past = on_rank_0(lambda: elastic.look_back(config, agents))
     if past and past.ended:
         raise Ended(f"{past.run_folder} has ended for good: {past.ended[1]}", past.ended[0])
     _examine(config)
     if past:
         run_folder, checkpoints = past.run_folder, past.checkpoints
     else:
-        _on_rank_0(lambda: _preflight(config))
-        checkpoints = _on_rank_0(lambda: _checkpoints(config, options))
-        run_folder = _on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
+        on_rank_0(lambda: preflight(config))
+        checkpoints = on_rank_0(lambda: _checkpoints(config, options))
+        run_folder = on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
     try:
         if _rank() == 0:
             elastic.begin(run_folder, agents, past, checkpoints)
@@ -178,7 +178,7 @@ def _tell_restart(past: elastic.Past) -> None:
         logger.warning(f"the run goes on with {dist.get_world_size()} rank(s) instead of {past.world_size}")
 
 
-def _on_rank_0(action: Callable[[], Result]) -> Result:
+def on_rank_0(action: Callable[[], Result]) -> Result:
     """Its result, or its UserError, on every rank."""
     outcome: list[Result | UserError | None] = [None]
     if _rank() == 0:
@@ -202,7 +202,8 @@ def _examine(config: Config) -> None:
         raise UserError("the health checks refused the run: " + "; ".join(failed))
 
 
-def _preflight(config: Config) -> None:
+def preflight(config: Config) -> None:
+    """Raises UserError, with the table shown, if a check fails."""
     checks = run_checks(config, dist.get_world_size())
     failed = [check for check in checks if not check.ok]
     if failed:
@@ -239,7 +240,7 @@ def _finished(config: Config, options: argparse.Namespace) -> str | None:
 
 def prepare_data(config: Config) -> list[Source]:
     """Prepares what is not yet, on rank 0. Collective; raises UserError on every rank."""
-    return _on_rank_0(lambda: _prepare(config))
+    return on_rank_0(lambda: _prepare(config))
 
 
 def _prepare(config: Config) -> list[Source]:

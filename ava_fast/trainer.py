@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +30,10 @@ from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
 from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
 from ava_fast.model.moe import update_expert_biases
 from ava_fast.model.transformer import Output, Transformer
-from ava_fast.observe.console import StepBar, duration, step_line
+from ava_fast.observe.console import duration
 from ava_fast.observe.debug import CloseLook
-from ava_fast.observe.run import EVALUATION_LOG, Metrics
+from ava_fast.observe.progress import Progress
+from ava_fast.observe.run import EVALUATION_LOG, number
 from ava_fast.observe.throughput import flops_per_token, peak_flops
 from ava_fast.parts import part
 from ava_fast.schedule.adaptive import AdaptiveRate
@@ -42,7 +42,7 @@ from ava_fast.schedule.length import in_pieces, sequence_length
 from ava_fast.schedule.micro_batches import MicroBatches
 from ava_fast.schedule.noise_scale import NoiseScale
 from ava_fast.schedule.scores import easy_first
-from ava_fast.stability import room, surgery
+from ava_fast.stability import room, telling
 from ava_fast.stability.failures import (
     MADE_ROOM,
     PAUSES,
@@ -56,6 +56,7 @@ from ava_fast.stability.failures import (
 )
 from ava_fast.stability.judge import FAILURES, Judge, Ruling, Trouble, Verdict
 from ava_fast.stability.replay import dump
+from ava_fast.stability.surgery import Surgery
 
 logger = logging.getLogger(__name__)
 evaluation_logger = logging.getLogger(EVALUATION_LOG)
@@ -125,9 +126,7 @@ class Trainer:
         self._lost_step = False  # the step under way cannot be taken
         routed = config.model.num_layers - config.model.num_dense_layers if config.moe.num_experts else 0
         self._routed = (routed, config.moe.num_experts if routed else 1)  # MoE blocks and experts
-        N = training.gradient_accumulation_steps
-        self._targets = [[0.0] * N for _ in range(N)]  # of adaptive gradient surgery
-        self._gradients: list[list[torch.Tensor]] = []  # for it, of the micro-batches of the step under way
+        self._surgery = Surgery(config)
         self._retries = 0  # since the last step, on this rank
         self._stretch: tuple[int, int] | None = None  # of positions, while their batches are computed
         self._leaving = False
@@ -140,8 +139,7 @@ class Trainer:
         )
         self.restarted: dict[str, Any] | None = None
         """The record of the restart that this run goes on from; see distributed.elastic."""
-        self._metrics: Metrics | None = None  # on rank 0, while it runs
-        self._bar: StepBar | None = None
+        self._progress = Progress(config, run_folder, rank)
         self._eos_id = self.loader.batches.sources[0].eos_id if config.data.document_attention else None
         self._peak = peak_flops(config, self.engine.device)
         self._unshown = (0, 0, 0.0)  # steps, tokens and seconds since the last step record
@@ -162,7 +160,13 @@ class Trainer:
                 self.run(watch)
             return
         self._pace.hosts = [peer.host for peer in watch.peers]
-        with self._watched(), self._signals_noted(), self._look.at(self.engine.model):
+        with (
+            self._progress.open(self.step, self.judge.bad_steps),
+            self._signals_noted(),
+            self._look.at(self.engine.model),
+        ):
+            if self.restarted:
+                self._progress.write(self.restarted)
             try:
                 self._run(watch)
             except (TrainingError, Interrupted):
@@ -216,7 +220,8 @@ class Trainer:
         training, engine = self.config.training, self.engine
         started_at, noise, start = time.perf_counter(), generator_states(), self.loader.position
         batches, positions, seen = [], [], []
-        self._failures, self._lost_step, self._gradients = [], False, []
+        self._failures, self._lost_step = [], False
+        self._surgery.begin()
         self.micro_batches, self.length = self.batch_sizes.at(self.step), sequence_length(self.step, self.config)
         sequences = training.batch_size * self.micro_batches
         engine.model.train()
@@ -247,14 +252,14 @@ class Trainer:
             ruling = self.judge.rule(math.nan, math.nan, can_roll_back=self.keeper.saved_at >= 0, failures=failures)
             result = StepResult(math.nan, 0, applied=False)
         else:
-            targets = self._operate()
+            self._surgery.operate(engine, self.step)
             result = engine.step(decide)
         if ruling.trouble is not None:
             if self._trouble_from is None:
                 self._trouble_from = positions[0]
             own_losses = [figures[0].item() for figures in seen]
-            culprits = self._culprits(ruling, batches, positions, own_losses, noise)
-            self._tell(ruling, loss, result, culprits)
+            own = self._own_view(ruling, batches, positions, own_losses, noise)
+            self._tell(ruling, loss, result, telling.culprits(own, ruling.trouble))
             self._dump(batches, noise)
             self.adaptive.disturbed()
         elif self.judge.calm:
@@ -262,7 +267,7 @@ class Trainer:
         if not ruling.apply:
             restore_generators(noise)  # the next batch is seen as if this one had never been
             return ruling, interrupted
-        self._targets = targets
+        self._surgery.applied()
         update_expert_biases(engine.model, requested_LE)
         scheduled, change, regrouped = learning_rate(self.step, training), None, None
         if ruling.trouble is None:
@@ -283,7 +288,7 @@ class Trainer:
         steps, tokens, seconds = self._unshown
         self._unshown, rate = (0, 0, 0.0), tokens / seconds
         curriculum, flops = self.config.curriculum, flops_per_token(self.config, self.length)
-        self._show(
+        self._progress.step(
             {
                 "kind": "step",
                 "step": self.step,
@@ -304,15 +309,14 @@ class Trainer:
                 "tokens": self.tokens,
                 "tokens_per_second": rate,
                 "mfu": rate * flops / (self._peak * engine.world_size) if self._peak else None,
-            }
+            },
+            self._pace,
         )
         if regrouped is not None:
             logger.info(f"step {self.step} | {regrouped}")
         if change is not None:
-            if self._metrics:
-                self._metrics.write(
-                    {"kind": "rate", "step": self.step, "factor": change.factor, "reason": change.reason}
-                )
+            record = {"kind": "rate", "step": self.step, "factor": change.factor, "reason": change.reason}
+            self._progress.write(record)
             logger.info(f"step {self.step} | {change.reason}")
         return ruling, interrupted
 
@@ -375,8 +379,7 @@ class Trainer:
             if engine.collectives != "step":
                 square = self._backward(output, share)
             figures += _figures(output, square, share)
-        if self.config.stability.gradient_surgery != "none":  # of ZeRO 0 only
-            self._gradients.append(engine.take_gradient())
+        self._surgery.take(engine)
         return figures
 
     def _parts(self, batch: Batch) -> list[tuple[Batch, float]]:
@@ -425,8 +428,7 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._keep(then)
-        if self._metrics:
-            self._metrics.write({"kind": "memory", "step": self.step, "reason": said, **asdict(then)})
+        self._progress.write({"kind": "memory", "step": self.step, "reason": said, **asdict(then)})
         logger.warning(f"after step {self.step}: {said}")
 
     def _keep(self, then: room.Room) -> None:
@@ -446,23 +448,6 @@ class Trainer:
         self._build(Transformer(self.config))
         self._look.turn_to(self.engine.model)
         self.load(checkpoint)
-
-    def _operate(self) -> surgery.Matrix:
-        """Gradient surgery on the micro-batches' gradients, averaged over ranks → the targets, if the step is taken.
-
-        The order of the losses depends on the seed and the step alone, so every rank does the same.
-        """
-        targets, kind = [list(row) for row in self._targets], self.config.stability.gradient_surgery
-        if kind == "none":
-            return targets
-        losses = [self.engine.average(gradients) for gradients in self._gradients]
-        products, order = surgery.gram(losses), random.Random(f"{self.config.training.seed} {self.step}")
-        if kind == "adaptive":
-            weights = surgery.adaptive(products, targets, order)
-        else:
-            weights = surgery.pcgrad(products, order)
-        self.engine.set_gradient(surgery.combine(losses, weights))
-        return targets
 
     def _failed(self, trouble: Trouble, line: str) -> None:
         self._failures.append((trouble, line, self.loader.position - self.config.training.batch_size))
@@ -484,19 +469,16 @@ class Trainer:
             self.engine.backward(objective)
         return torch.stack(squares).sum() * (N / share) ** 2
 
-    def _culprits(
+    def _own_view(
         self,
         ruling: Ruling,
         batches: list[Batch],
         positions: list[int],
         losses: list[float],
         noise: dict[str, Any],
-    ) -> list[dict[str, Any]]:
-        """What each rank knows of a bad step: the documents that it saw, its loss, and, if only the gradient is not
-        finite, the parameters in which it is not, found by computing the step once more. Collective.
-
-        Where the loss is not finite on some ranks, or a gradient, or something failed, only those are listed.
-        """
+    ) -> telling.Culprit:
+        """What this rank knows of a bad step: the documents that it saw, its loss, and, if only the gradient is not
+        finite, the parameters in which it is not, found by computing the step once more. Collective."""
         names: list[str] = []
         if ruling.trouble is Trouble.GRADIENT:
             restore_generators(noise)
@@ -506,51 +488,22 @@ class Trainer:
             self.engine.step(lambda _: None)
         bad = [position for position, loss in zip(positions, losses, strict=True) if not math.isfinite(loss)]
         bad += [position for _, _, position in self._failures]
-        failed = ruling.trouble in FAILURES
         documents = {document for position in bad or positions for document in self.loader.documents(position)}
-        own = {
+        return {
             "rank": self.engine.rank,
-            "loss": None if failed else _number(sum(losses) / len(losses)),
+            "loss": None if ruling.trouble in FAILURES else number(sum(losses) / len(losses)),
             "parameters": names,
             "documents": sorted(documents),
             **({"module": self._look.first} if self._look.first else {}),
             **({"errors": [line for _, line, _ in self._failures]} if self._failures else {}),
         }
-        everyone: list[dict[str, Any]] = [{}] * self.engine.world_size
-        dist.all_gather_object(everyone, own)
-        if failed:
-            return [each for each in everyone if "errors" in each]
-        return [each for each in everyone if each["loss"] is None or each["parameters"]] or everyone
 
-    def _tell(self, ruling: Ruling, loss: float, result: StepResult, culprits: list[dict[str, Any]]) -> None:
+    def _tell(self, ruling: Ruling, loss: float, result: StepResult, culprits: list[telling.Culprit]) -> None:
         """Into metrics.jsonl and errors.log."""
-        assert ruling.trouble is not None
-        if self._metrics:
-            self._metrics.write(
-                {
-                    "kind": "verdict",
-                    "step": self.step,
-                    "verdict": ruling.verdict.value,
-                    "trouble": ruling.trouble.value,
-                    "reason": ruling.reason,
-                    "applied": ruling.apply,
-                    "loss": _number(loss),
-                    "grad_norm": _number(result.grad_norm),
-                    "nonfinite_gradients": result.nonfinite,
-                    "learning_rate_factor": ruling.factor,
-                    "position": self.loader.position,
-                    "culprits": culprits,
-                    "counts": dict(self.judge.counts),
-                }
-            )
-        logger.warning(f"after step {self.step}: {ruling.verdict.value}: {ruling.reason}; {_blame(culprits)}")
-        if ruling.trouble is Trouble.GRADIENT and not any(each["parameters"] for each in culprits):
-            logger.warning("the same step, computed again, has only finite gradients: suspect this machine's hardware")
-        if ruling.verdict is Verdict.CUT:
-            steps = self.config.stability.recovery_steps
-            logger.warning(
-                f"the learning rate is cut to {ruling.factor:g} of its schedule, and back in {steps} good steps"
-            )
+        position = self.loader.position
+        self._progress.write(telling.record(ruling, self.judge, self.step, loss, result, position, culprits))
+        for line in telling.lines(ruling, self.step, culprits, self.config.stability.recovery_steps):
+            logger.warning(line)
 
     def _dump(self, batches: list[Batch], noise: dict[str, Any]) -> None:
         """Keeps the batch for `ava-fast replay`, on every rank; a disk that refuses is no reason to end a run."""
@@ -571,9 +524,7 @@ class Trainer:
         self.judge.load_state_dict(judge)
         self.loader.avoid, self._trouble_from = avoid, None
         self.keeper.go_back(checkpoint, stretch)
-        if self._metrics:
-            self._unwatch()
-            self._watch()
+        self._progress.back_to(self.step, self.judge.bad_steps)
         logger.warning(
             f"rolled back from step {abandoned} to {checkpoint}; sequences {stretch[0]:,} to {stretch[1]:,} of the "
             "data order are skipped from now on"
@@ -584,8 +535,7 @@ class Trainer:
         self.heldout = heldout_loss(self.engine, self.heldout_NS1, self.config.training.batch_size, self._eos_id)
         self.evaluated_at = self.step
         seconds = time.perf_counter() - started_at
-        if self._metrics:
-            self._metrics.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
+        self._progress.write({"kind": "evaluation", "step": self.step, "loss": self.heldout, "seconds": seconds})
         evaluation_logger.info(f"step {self.step} | held-out loss {self.heldout:.4f} | {duration(seconds)}")
 
     def save(self, *, wait: bool = False, emergency: bool = False) -> None:
@@ -598,7 +548,7 @@ class Trainer:
                 "calm": self.judge.calm and not emergency,
                 "judge": self.judge.state_dict(),
                 "trouble_from": self._trouble_from,
-                "targets": self._targets,
+                "targets": self._surgery.state(),
             },
             "schedule": {
                 "adaptive": self.adaptive.state_dict(),
@@ -606,7 +556,7 @@ class Trainer:
                 "micro_batches": self.batch_sizes.count,
             },
             "tokens": self.tokens,
-            "heldout_loss": _number(self.heldout),
+            "heldout_loss": number(self.heldout),
             "probe": self._probe(),
             "heldout_step": self.evaluated_at,
         }
@@ -615,7 +565,7 @@ class Trainer:
     def _probe(self) -> dict[str, Any]:
         """A few held-out tokens and their loss, by which whoever loads the checkpoint sees that it has loaded well."""
         tokens = self.heldout_NS1[0, : PROBE + 1].tolist()
-        return {"tokens": tokens, "loss": _number(probe_loss(self.engine.model, tokens, self.engine.device))}
+        return {"tokens": tokens, "loss": number(probe_loss(self.engine.model, tokens, self.engine.device))}
 
     def load(self, *checkpoints: Path, optimizer: bool = True) -> Path:
         """Continues where the first of `checkpoints` that verifies stood: weights, optimizer, step, data position,
@@ -635,9 +585,7 @@ class Trainer:
         stability = state["stability"]
         self.judge.load_state_dict(stability["judge"])
         self._trouble_from = stability["trouble_from"]
-        targets = stability.get("targets", [])
-        if len(targets) == len(self._targets):  # else the number of micro-batches has been changed
-            self._targets = targets
+        self._surgery.load(stability.get("targets", []))
         self.step, self.evaluated_at = state["step"], state["heldout_step"]
         if "tokens" in state:
             self.tokens = state["tokens"]
@@ -687,16 +635,15 @@ class Trainer:
 
     def _note_saves(self) -> None:
         """Those that have been finished since the last call."""
-        while self._metrics and self.keeper.news:
-            self._metrics.write(self.keeper.news.pop(0))
+        while self.keeper.news:
+            self._progress.write(self.keeper.news.pop(0))
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""
         self._retries = self.keeper.retries = 0
         if retries:
             self.judge.counts[RETRIED] += retries
-            if self._metrics:
-                self._metrics.write({"kind": "retry", "step": self.step, "retries": retries})
+            self._progress.write({"kind": "retry", "step": self.step, "retries": retries})
             logger.warning(f"after step {self.step}: {retries} × {RETRIED}")
 
     def _stopped(self, ruling: Ruling) -> TrainingError:
@@ -707,17 +654,7 @@ class Trainer:
             saved = f"an emergency checkpoint is {self.checkpoints / f'step_{self.step}'}"
         except TrainingError as error:
             saved = f"no emergency checkpoint: {error}"
-        training, stability = self.config.training, self.config.stability
-        counts = ", ".join(f"{self.judge.counts[t.value]} × {t.value}" for t in Trouble if self.judge.counts[t.value])
-        said = f"stopped after step {self.step}: {ruling.reason}. In this run: {counts}. {saved}. "
-        if ruling.trouble is Trouble.MEMORY:
-            return TrainingError(f"{said}{more_room(self.config)}, then --resume latest")
-        return TrainingError(
-            f"{said}Try a lower training.learning_rate (now {training.learning_rate:g}), more training.warmup_steps, "
-            f"a lower training.max_grad_norm (now {training.max_grad_norm:g}) or other data, then --resume latest; if "
-            "the steps were healthy, a higher stability.deviations or stability.max_norm, or more stability.max_skips "
-            f"(now {stability.max_skips}). docs/when-training-misbehaves.md says more"
-        )
+        return telling.stopped(ruling, self.judge, self.step, self.config, saved)
 
     def _lost(self, error: Exception, watch: Watch) -> Exception:
         """What to raise where this rank cannot go on and has not agreed on it with the others. They are told, or have
@@ -756,44 +693,6 @@ class Trainer:
         )
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """On rank 0, metrics.jsonl is open and the bar shown."""
-        if self.engine.rank != 0:
-            yield
-            return
-        self._watch()
-        if self.restarted and self._metrics:
-            self._metrics.write(self.restarted)
-        try:
-            yield
-        finally:
-            self._unwatch()
-
-    def _watch(self) -> None:
-        self._metrics = Metrics(self.run_folder / "metrics.jsonl", self.step, self.judge.bad_steps)
-        self._bar = StepBar(self.step, self.config.training.max_steps, enabled=self.config.logging.progress)
-
-    def _unwatch(self) -> None:
-        if self._metrics and self._bar:
-            self._bar.close()
-            self._metrics.close()
-        self._bar = self._metrics = None
-
-    def _show(self, record: dict[str, Any]) -> None:
-        if self._metrics is None or self._bar is None:
-            return
-        self._metrics.write(record)
-        first = self._bar.steps_done == 0
-        self._bar.advance(record["loss"], record.get("steps", 1))
-        if self.step % self.config.logging.log_steps == 0 and (paces := self._pace.report(self.step)):
-            self._metrics.write(paces)
-            if slow := pace.line(paces):
-                logger.warning(f"step {self.step}: {slow}")
-        every = 1 if self.config.training.mode == "debug" else self.config.logging.log_steps
-        if self.step % every == 0 or first:
-            logger.info(step_line(record, self.config.training.max_steps, self._bar.eta()))
-
-    @contextmanager
     def _signals_noted(self) -> Iterator[None]:
         """SIGTERM and SIGINT end the run after its step instead of the process at once."""
 
@@ -814,26 +713,6 @@ def _figures(output: Output, square: torch.Tensor, share: float) -> torch.Tensor
     losses_4 = torch.stack((output.loss, output.balance_loss, output.z_loss, square))
     means = torch.cat((losses_4, output.routing.flatten())).double() * share
     return torch.cat((means, output.requested.flatten().double()))
-
-
-def _number(value: float) -> float | None:
-    """None for what JSON has no number for."""
-    return value if math.isfinite(value) else None
-
-
-def _blame(culprits: list[dict[str, Any]]) -> str:
-    """`rank 1: documents 3, 17; parameters a, b, … (9)`"""
-
-    def some(values: list[Any]) -> str:
-        return ", ".join(map(str, values[:5])) + (f", … ({len(values)})" if len(values) > 5 else "")
-
-    return "; ".join(
-        f"rank {each['rank']}: documents {some(each['documents'])}"
-        + (f", {each['module']}" if "module" in each else "")
-        + (f", parameters {some(each['parameters'])}" if each["parameters"] else "")
-        + "".join(f", {error}" for error in each.get("errors", []))
-        for each in culprits
-    )
 
 
 def _due(step: int, every: int) -> bool:

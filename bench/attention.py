@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=2 python -m bench.attention          # on a CPU: float32
 
 Every contender takes queries and keys before the rotation. "ours, triton" is `rope_attention` with its own kernels,
-"ours, sdpa" with torch's behind our rotation; "separate" is the same kernels behind a rotation of its own, which shows
-what fusing gains by itself. Peers are cuDNN's and FlashAttention's kernels in torch and flash-attn 4, each behind our
-rotation and, where Liger is installed, behind Liger's. Packed rows hold three documents of S/8, S/4 and 5·S/8 tokens;
-there torch's `varlen_attn` and flash-attn 4 are the peers.
+"ours, hopper" with those for H100 and H200, "ours, sdpa" with torch's behind our rotation; "separate, triton" is our
+kernels behind a rotation of its own, which shows what fusing gains by itself. Peers are cuDNN's and FlashAttention's
+kernels in torch and flash-attn 4, each behind our rotation and, where Liger is installed, behind Liger's. Packed rows
+hold three documents of S/8, S/4 and 5·S/8 tokens; there torch's `varlen_attn` and flash-attn 4 are the peers.
 
 Before it is timed, each contender's output and gradients are compared with float64 at fewer tokens; one that is wrong
 or fails is recorded with the reason. Contenders take turns. On a GPU the second-level cache is overwritten before each
@@ -75,7 +75,7 @@ SIZES = {
     ],
     "cpu": [Size(4, 512, 8, 8, 64, "causal"), Size(4, 512, 8, 2, 64, "causal"), Size(4, 512, 8, 2, 64, "packed")],
 }
-OURS = ("ours, triton", "ours, sdpa", "separate, triton")
+OURS = ("ours, triton", "ours, hopper", "ours, sdpa", "separate, triton")
 CHECKED_TOKENS = {"cuda": 1024, "cpu": 64}
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Size, Tensor], Tensor]  # q, k, v, cos, sin, size, cu_seqlens
@@ -167,7 +167,7 @@ def contenders(device: str, mask: str) -> dict[str, Attend]:
     own = partial(ours, backend="triton")
     return {
         "ours, triton": own,
-        **({"ours, sdpa": partial(ours, backend="sdpa")} if mask != "packed" else {}),
+        **({f"ours, {each}": partial(ours, backend=each) for each in ("hopper", "sdpa")} if mask != "packed" else {}),
         "separate, triton": partial(separate, our_rotation, lambda q, k, v, *rest: own(q, k, v, None, None, *rest)),
         **{
             prefix + name: partial(separate, rotate, attend)

@@ -434,15 +434,23 @@ def attentions(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[C
             for way, options in ways.items():
                 name = "B {}, S {}, H {}/{}, D {}".format(*size)
                 yield f"{name}, {dtype}, {way}", lambda a=(size, dtype, way, options): _attention(device, *a)
-                if device == "cuda" and way in ("causal", "full"):
-                    by_torch = {**options, "backend": "sdpa"}
-                    yield f"{name}, {dtype}, {way}, sdpa", lambda a=(size, dtype, way, by_torch): _attention(device, *a)
+                for backend in _others(device, size[-1], dtype, way):
+                    forced = size, dtype, way, {**options, "backend": backend}
+                    yield f"{name}, {dtype}, {way}, {backend}", lambda a=forced: _attention(device, *a)
+
+
+def _others(device: str, D: int, dtype: torch.dtype, way: str) -> list[str]:
+    """Which of attention's backends can be asked for, apart from what is checked without asking."""
+    if device != "cuda":
+        return []
+    hopper = torch.cuda.get_device_capability()[0] == 9 and D in (64, 128) and dtype != torch.float32
+    return ["sdpa"] * (way in ("causal", "full")) + ["hopper"] * (hopper and way != "packed")
 
 
 def _attention(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str, options: dict[str, Any]) -> None:
     B, S, H_q, H_kv, D = size
     torch.manual_seed(0)
-    options = {"deterministic": "backend" not in options, **options}
+    options = {"deterministic": options.get("backend") != "sdpa", **options}
     tensors = [torch.randn(B, S, heads, D, device=device).to(dtype) for heads in (H_q, H_kv, H_kv)]
     upstream = torch.randn(B, S, H_q, D, device=device).to(dtype)
     rotary_dim = D // 4 * 2 if way == "part of a head" else D

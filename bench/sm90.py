@@ -27,12 +27,15 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
+from ava_kernels.attention import hopper as hopper_kernels
 from ava_kernels.attention import kernels as attention_kernels
 from ava_kernels.experts import kernels as experts
 from ava_kernels.experts import row_kernels, tiles
 from ava_kernels.routing import kernels as routing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -138,10 +141,11 @@ def attention(
     dtype: torch.dtype = torch.bfloat16,
     turned: int | None = None,
     packed: bool = False,
+    hopper: bool = False,
     **options: Any,
 ) -> Callable[[], None]:
     """A forward and backward pass of attention over `turned` elements of each head (default: all); `options` are those
-    of the kernels' `Shape`. `packed`: B documents of S tokens, one behind the other."""
+    of the kernels' `Shape`. `packed`: B documents of S tokens, one behind the other; `hopper`: by those kernels."""
 
     def run() -> None:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -157,6 +161,11 @@ def attention(
             **{"scale": D**-0.5, "left": -1, "right": 0, "softcap": 0.0, "interleaved": False, "max_q": S, "max_k": S}
             | options
         )
+        if hopper:
+            out, lse, turned_q, turned_k = hopper_kernels.forward(q, k, v, cos, sin, position, shape, True)
+            kept = (turned_q, turned_k) if pairs else (q, k)
+            hopper_kernels.backward(out, None, *kept, v, out, lse, cos, sin, position, shape)
+            return
         table = cos, sin, position, cu, cu
         out, lse, turned_q, turned_k = attention_kernels.forward(q, k, v, *table, shape, True)
         kept = (turned_q, turned_k) if pairs else (q, k)
@@ -193,6 +202,13 @@ CASES = {
     "attention 128, window, softcap": attention(4, 4096, 16, 16, 128, left=1024, softcap=50.0),
     "attention 128, interleaved": attention(4, 4096, 16, 16, 128, interleaved=True),
     "attention 96, part turned": attention(4, 4096, 16, 16, 96, turned=32),
+    **{f"attention {D}, causal, 64/8, hopper": attention(4, 4096, 64, 8, D, hopper=True) for D in (64, 128)},
+    "attention 128, window, softcap, hopper": attention(
+        4, 4096, 16, 16, 128, torch.float16, hopper=True, left=1024, softcap=50.0, interleaved=True
+    ),
+    "attention 64, part turned, softcap, hopper": attention(
+        4, 4096, 16, 16, 64, turned=32, hopper=True, left=1024, softcap=50.0
+    ),
     "attention 32": attention(4, 4096, 16, 16, 32),
     "attention 256, fp16": attention(4, 4096, 16, 16, 256, torch.float16),
     "attention 64, fp32": attention(4, 1024, 16, 16, 64, torch.float32),
@@ -236,6 +252,9 @@ def compile_launch(
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, GluonTensorDescriptor):
+            kind = f"{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}"
+            signature[parameter.name] = f"tensordesc<{kind}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -244,7 +263,7 @@ def compile_launch(
                 attributes[(index,)] = [["tt.divisibility", 16]]
     key = str((fn.__name__, signature, constants, attributes, options, architecture))
     if key not in _compiled:
-        source = ASTSource(fn, signature, constants, attributes)
+        source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         _compiled[key] = {"kernel": fn.__name__, **_resources(compiled, architecture)}
     return _compiled[key]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -92,6 +93,11 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+
+
+def number(value: float) -> float | None:
+    """As JSON has it: None for what it has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ for that, once more for the weighted sum. N losses.
     gram_NN = gram([gradients_of_loss_0, gradients_of_loss_1])
     weights = pcgrad(gram_NN, random.Random(seed))
     gradient = combine([gradients_of_loss_0, gradients_of_loss_1], weights)
+
+`Surgery` is the place that this takes in training, where each micro-batch is a loss.
 """
 
 from __future__ import annotations
@@ -27,8 +29,59 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ava_fast.config import Config
+from ava_fast.engine import Engine
+
 Matrix = list[list[float]]
 DECAY = 0.01  # β, as in the paper
+
+
+class Surgery:
+    """On one rank: takes the micro-batches' gradients, and operates once a step. ZeRO 0 only.
+
+    The order of the losses depends on the seed and the step alone, so every rank does the same.
+    """
+
+    def __init__(self, config: Config):
+        N = config.training.gradient_accumulation_steps
+        self._kind, self._seed = config.stability.gradient_surgery, config.training.seed
+        self._targets = [[0.0] * N for _ in range(N)]
+        self._next_targets = self._targets  # if the step is taken
+        self._gradients: list[list[Tensor]] = []
+
+    def begin(self) -> None:
+        """A step; what was taken for one that has been given up is dropped."""
+        self._gradients, self._next_targets = [], self._targets
+
+    def take(self, engine: Engine) -> None:
+        """A micro-batch's gradient, which is then no longer the engine's."""
+        if self._kind != "none":
+            self._gradients.append(engine.take_gradient())
+
+    def operate(self, engine: Engine, step: int) -> None:
+        """Gives the engine the combined gradient, averaged over ranks. Collective."""
+        if self._kind == "none":
+            return
+        losses = [engine.average(gradients) for gradients in self._gradients]
+        products, order = gram(losses), random.Random(f"{self._seed} {step}")
+        self._next_targets = [list(row) for row in self._targets]
+        if self._kind == "adaptive":
+            weights = adaptive(products, self._next_targets, order)
+        else:
+            weights = pcgrad(products, order)
+        engine.set_gradient(combine(losses, weights))
+
+    def applied(self) -> None:
+        """The step has been taken: what it taught stays."""
+        self._targets = self._next_targets
+
+    def state(self) -> Matrix:
+        return self._targets
+
+    def load(self, targets: Matrix) -> None:
+        """Nothing where the number of micro-batches has been changed since."""
+        if len(targets) == len(self._targets):
+            self._targets = self._next_targets = targets
 
 
 def gram(losses: Sequence[Sequence[Tensor]]) -> Matrix:

@@ -357,15 +357,15 @@ def test_operators_are_registered_in_full(triton_backend):
     cos, sin = tables(5, 8)
     shape = 0.25, -1, 0, 0.0, False, 5, 5
     ops = torch.ops.ava_kernels
-    torch.library.opcheck(ops.attention, (q, k, v, cos, sin, None, None, None, *shape, True))
-    torch.library.opcheck(ops.attention, (q, k, v, None, None, None, None, None, *shape, True))
+    torch.library.opcheck(ops.attention, (q, k, v, cos, sin, None, None, None, *shape, True, False))
+    torch.library.opcheck(ops.attention, (q, k, v, None, None, None, None, None, *shape, True, False))
     plain = [t.detach() for t in (q, k, v)]
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-    torch.library.opcheck(ops.attention, (*plain, cos, sin, torch.arange(5)[None], cu, cu, *shape, False))
-    out, lse, turned_q, turned_k = ops.attention(*plain, cos, sin, None, None, None, *shape, True)
+    torch.library.opcheck(ops.attention, (*plain, cos, sin, torch.arange(5)[None], cu, cu, *shape, False, False))
+    out, lse, turned_q, turned_k = ops.attention(*plain, cos, sin, None, None, None, *shape, True, False)
     saved = turned_q, turned_k, plain[2], out, lse, cos, sin, None, None, None
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), dlse, *saved, *shape))
+        torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), dlse, *saved, *shape, False))
 
 
 def test_compiles_as_a_whole_graph(backend):

@@ -390,6 +390,7 @@ FUSED_CONFIGS = {
         attention_bias=True,
         rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 1e4},
     ),
+    "mistral": transformers.MistralConfig(**DENSE, sliding_window=None),
     "qwen3_dense": transformers.Qwen3Config(**DENSE),
     "mixtral": CONFIGS["mixtral"],
     "qwen3": CONFIGS["qwen3"],

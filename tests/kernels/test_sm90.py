@@ -75,7 +75,8 @@ def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
     moving = {"_take_rows", "_sum_rows", "_dot_rows"}
     experts = {"_up", "_rows", "_back", "_weights", "_invert", "_add_parts"}
     attention = {"_rotate", "_forward", "_dots", "_keys", "_queries"}
-    assert {row["kernel"] for row in rows} == routing | moving | experts | attention
+    hopper = {"_hopper_forward", "_hopper_keys", "_hopper_queries"}
+    assert {row["kernel"] for row in rows} == routing | moving | experts | attention | hopper
     assert [row for row in rows if row["serialized"]] == []
     products = [row for row in rows if row["kernel"] in ("_up", "_rows", "_back", "_weights")]
     assert len(products) == 6 * len({row["case"] for row in rows if row["case"].startswith("moe_mlp")})
@@ -89,6 +90,9 @@ def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
     for row in rows:
         if row["kernel"] in ("_forward", "_keys", "_queries") and "fp32" not in row["case"]:
             assert row["wgmma"] > 0, row
+        if row["kernel"] in hopper:
+            assert row["wgmma"] > 0, row
+            assert row["tma"] > 0, row
 
 
 def test_the_experts_products_compile_for_sm_80():

@@ -156,7 +156,7 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
                 set_gradient(gradients)
 
             run.trainer.engine.set_gradient = capture  # type: ignore[method-assign]
-            case[name] = {**run.train(), "targets": run.trainer._targets, "given": given[0]}
+            case[name] = {**run.train(), "targets": run.trainer._surgery.state(), "given": given[0]}
             case["order"] = [
                 parameter_name
                 for group in run.trainer.engine._groups
@@ -167,7 +167,7 @@ def exercise(file: str, shards: str, root: Path) -> dict[Any, dict[str, Any]]:
         resumed = Run(config, shards, folder / "resumed", weights)
         resumed.trainer.engine.model.register_forward_hook(partial(turn, resumed.trainer.loader))
         resumed.trainer.load(folder / "clean" / "checkpoints" / "step_2")
-        case["resumed"] = {**resumed.train(), "targets": resumed.trainer._targets}
+        case["resumed"] = {**resumed.train(), "targets": resumed.trainer._surgery.state()}
         seen[kind, precision] = case
     close_distributed()
     return seen

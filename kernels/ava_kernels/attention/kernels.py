@@ -142,25 +142,18 @@ def backward(
     """→ dq, dk, dv. q and k are the turned ones, if there is a table."""
     q, k, v, dout = (_with_whole_heads(t) for t in (q, k, v, dout))
     cos, sin = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
-    dlse = None if dlse is None else dlse.contiguous()
     (B, S_q, H_q, D), S_k, H_kv = q.shape, k.shape[1], k.shape[2]
     new = torch.zeros_like if cu_q is not None else torch.empty_like
     dq, dk, dv = (new(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    dots = torch.empty_like(lse)
-    rows = B * S_q * H_q
-    D_padded = max(16, triton.next_power_of_2(D))
-    R = max(1, 4096 // D_padded)
-    if not rows:
+    if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
-    _dots[(triton.cdiv(rows, R),)](
-        out, dout, *dout.stride()[:3], dlse, dots, rows, S_q, H_q, D=D, D_PADDED=D_padded, R=R
-    )
-    fused = cos is not None and 2 * cos.shape[1] == D == D_padded
+    dot = dots(out, dout, dlse)
+    fused = cos is not None and 2 * cos.shape[1] == D == max(16, triton.next_power_of_2(D))
     table = (cos, sin) if fused else (None, None)
     documents = B if cu_q is None else len(cu_q) - 1
     common = (
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], dout, *dout.stride()[:3],
-        lse, dots, *table, *_table_strides(*table), position, 0 if position is None else position.stride(0), cu_q, cu_k,
+        lse, dot, *table, *_table_strides(*table), position, 0 if position is None else position.stride(0), cu_q, cu_k,
     )  # fmt: skip
     sizes = S_q, S_k, H_q, H_q // H_kv
     _, tile_keys, tile_queries = _tiles(q)
@@ -176,6 +169,20 @@ def backward(
         for gradient in (dq, dk):
             rotary.rotate(gradient, cos, sin, position, shape.interleaved, True, gradient)
     return dq, dk, dv
+
+
+def dots(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """⟨out, dout⟩ − dlse of every query → (B, H, S) float32. out (B, S, H, D) contiguous, dout with whole heads."""
+    B, S, H, D = out.shape
+    dot = out.new_empty((B, H, S), dtype=torch.float32)
+    D_padded = max(16, triton.next_power_of_2(D))
+    R = max(1, 4096 // D_padded)
+    rows = B * S * H
+    dout, dlse = _with_whole_heads(dout), None if dlse is None else dlse.contiguous()
+    _dots[(triton.cdiv(rows, R),)](
+        out, dout, *dout.stride()[:3], dlse, dot, rows, S, H, D=D, D_PADDED=D_padded, R=R
+    )  # fmt: skip
+    return dot
 
 
 def _tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ava_kernels.backend import runs_on_triton
 from ava_kernels.rotary.op import places
 
 MAX_HEAD_DIM = 256
+Backend = Literal["triton", "hopper", "sdpa", "torch"]
 
 
 @overload
@@ -32,7 +33,7 @@ def rope_attention(
     position_ids: Tensor | None = ...,
     deterministic: bool = ...,
     return_lse: Literal[False] = ...,
-    backend: Literal["triton", "sdpa", "torch"] | None = ...,
+    backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
 def rope_attention(
@@ -52,7 +53,7 @@ def rope_attention(
     position_ids: Tensor | None = ...,
     deterministic: bool = ...,
     return_lse: Literal[True],
-    backend: Literal["triton", "sdpa", "torch"] | None = ...,
+    backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def rope_attention(
     q: Tensor,
@@ -71,7 +72,7 @@ def rope_attention(
     position_ids: Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
-    backend: Literal["triton", "sdpa", "torch"] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · R(q) R(k)ᵀ + mask) v, with R the rotation by position; without cos, plain attention.
 
@@ -91,10 +92,11 @@ def rope_attention(
     `return_lse` also returns log Σ exp of each query's scores, (B, H_q, S_q), packed (H_q, T), float32 (float64 for
     float64), −∞ where no key is seen. Differentiable once in q, k and v, through both.
 
-    `backend`: "triton", the kernels of `kernels.py`; "sdpa", a rotation and torch's fastest attention, which has
-    neither windows other than causal ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By
-    default "sdpa" for what it has and "triton" for the rest on a GPU, "torch" elsewhere. Triton's and torch's give the
-    same bits for the same input; `deterministic` refuses "sdpa", whose gradient need not.
+    `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py`, for H100 and H200, 16 bits, D 64
+    or 128 and no packing; "sdpa", a rotation and torch's fastest attention, which has neither windows other than causal
+    ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By default "sdpa" for what it has and
+    "triton" for the rest on a GPU, "torch" elsewhere. All but "sdpa" give the same bits for the same input;
+    `deterministic` refuses "sdpa", whose gradient need not.
 
     Raises ValueError, naming the argument.
     """
@@ -113,6 +115,8 @@ def rope_attention(
                 "leave them out, or take backend='triton'"
             )
         return sdpa.attention(q, k, v, cos, sin, right == 0, scale, interleaved, position_ids)
+    if chosen == "hopper":
+        _check_hopper(q, packed)
     if packed:
         q, k, v = (t[None] for t in (q, k, v))
     if position_ids is not None:
@@ -123,7 +127,8 @@ def rope_attention(
     if chosen == "torch":
         out, lse = reference.attention(q, k, v, *arguments, return_lse)
     else:
-        out, lse = attention(q, k, v, *arguments, longest if packed else q.shape[1], longest if packed else k.shape[1])
+        lengths = (longest, longest) if packed else (q.shape[1], k.shape[1])
+        out, lse = attention(q, k, v, *arguments, *lengths, chosen == "hopper")
     if packed:
         out, lse = out[0], None if lse is None else lse[0]
     return out if lse is None or not return_lse else (out, lse)
@@ -145,27 +150,39 @@ def attention(
     interleaved: bool,
     max_q: int,
     max_k: int,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels. q (B, S_q, H_q, D), k, v (B, S_k, H_kv, D), position (B, S) int or None, B = 1 where `cu_q` and
-    `cu_k` pack documents of at most max_q and max_k tokens; left and right −1 for no limit → out like q, and lse
-    (B, H_q, S_q)."""
+    """The kernels, of `hopper.py` or `kernels.py`. q (B, S_q, H_q, D), k, v (B, S_k, H_kv, D), position (B, S) int or
+    None, B = 1 where `cu_q` and `cu_k` pack documents of at most max_q and max_k tokens; left and right −1 for no limit
+    → out like q, and lse (B, H_q, S_q)."""
     keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if position is None and cu_q is not None and cos is not None:
         position = places(cu_q, q.shape[1])[None]
     out, lse, _, _ = torch.ops.ava_kernels.attention(
-        q, k, v, cos, sin, position, cu_q, cu_k, scale, left, right, softcap, interleaved, max_q, max_k, keep
+        q, k, v, cos, sin, position, cu_q, cu_k, scale, left, right, softcap, interleaved, max_q, max_k, keep, hopper
     )
     return out, lse
 
 
 def _choose(backend: str | None, q: Tensor, sdpa_has_it: bool) -> str:
-    if backend not in (None, "triton", "sdpa", "torch"):
-        raise ValueError(f"backend is {backend!r}; it must be 'triton', 'sdpa' or 'torch', or None")
+    if backend not in (None, *get_args(Backend)):
+        raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper', 'sdpa' or 'torch', or None")
     if backend is not None:
         return backend
     if not runs_on_triton(q):
         return "torch"
     return "sdpa" if sdpa_has_it and q.is_cuda else "triton"
+
+
+def _check_hopper(q: Tensor, packed: bool) -> None:
+    from ava_kernels.attention import hopper  # triton is not installed everywhere
+
+    if packed or not hopper.takes(q) or not hopper.runs_on(q):
+        raise ValueError(
+            f"backend is 'hopper', which is for float16 and bfloat16, heads of 64 or 128, no cu_seqlens, and a GPU of "
+            f"compute capability 9; given are {q.dtype}, heads of {q.shape[-1]}, {'' if packed else 'no '}cu_seqlens, "
+            f"on {q.device}: take backend='triton'"
+        )
 
 
 def _check(
@@ -245,19 +262,24 @@ def _attention(
     max_q: int,
     max_k: int,
     keep: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """→ out, lse, and the turned queries and keys: without a table, or (queries) unless `keep`, with no element."""
     from ava_kernels.attention import kernels  # triton is not installed everywhere
 
     shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
     with torch.cuda.device_of(q):
+        if hopper:
+            from ava_kernels.attention import hopper as for_hopper
+
+            return for_hopper.forward(q, k, v, cos, sin, position, shape, keep)
         return kernels.forward(q, k, v, cos, sin, position, cu_q, cu_k, shape, keep)
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, S, H, _ = q.shape
-    keep = rest[-1]
+    keep = rest[-2]
     return (
         q.new_empty(q.shape),
         q.new_empty((B, H, S), dtype=torch.float32),
@@ -287,11 +309,16 @@ def _attention_backward(
     interleaved: bool,
     max_q: int,
     max_k: int,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ava_kernels.attention import kernels
 
     shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
     with torch.cuda.device_of(q):
+        if hopper:
+            from ava_kernels.attention import hopper as for_hopper
+
+            return for_hopper.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, shape)
         return kernels.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, cu_q, cu_k, shape)
 
 
@@ -301,23 +328,23 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cos, sin, position, cu_q, cu_k, *shape, _ = inputs
+    q, k, v, cos, sin, position, cu_q, cu_k, *shape, _, hopper = inputs
     out, lse, turned_q, turned_k = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(turned_q, turned_k)
     if cos is not None:
         q, k = turned_q, turned_k
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, position, cu_q, cu_k)
-    ctx.shape = shape
+    ctx.options = *shape, hopper
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
-        return (None,) * 16
+        return (None,) * 17
     if dout is None:
         dout = torch.zeros_like(ctx.saved_tensors[3])
-    gradients = torch.ops.ava_kernels.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.shape)
-    return *gradients, *[None] * 13
+    gradients = torch.ops.ava_kernels.attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 14
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -68,7 +68,11 @@ def forward(
     weight_N = weight_TK[token_N, slot_N]
     for experts, rows in _shares(ends_E, h_NH):
         token_R = token_N[rows]
-        h_RH = _product(x_TM.index_select(0, token_R), gate_up_EHM[experts].mT, ends_E, h_NH[rows])
+        x_RM = x_TM.index_select(0, token_R)
+        if isinstance(experts, int):
+            h_RH = torch.mm(x_RM, gate_up_EHM[experts].mT, out=h_NH[rows])
+        else:
+            h_RH = h_NH = grouped_mm(x_RM, gate_up_EHM.mT, ends_E)
         y_RM = _product(_activate(h_RH, activation), down_EMI[experts].mT, ends_E).to(out_TM.dtype)
         # A token is at an expert once, so the order of the sum is the order of the experts.
         out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
@@ -165,12 +169,9 @@ def _gradient(weight: Tensor, total: Tensor | None, ends_E: Tensor) -> Tensor:
     return gradient
 
 
-def _product(x_RL: Tensor, w: Tensor, ends_E: Tensor, out: Tensor | None = None) -> Tensor:
+def _product(x_RL: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of one expert times its weight (L, P), or all rows times (E, L, P), 0 for those of no expert."""
-    if w.dim() == 2:
-        return torch.mm(x_RL, w, out=out)
-    product_RP = grouped_mm(x_RL, w, ends_E)
-    return product_RP if out is None else out.copy_(product_RP)
+    return torch.mm(x_RL, w) if w.dim() == 2 else grouped_mm(x_RL, w, ends_E)
 
 
 def _contract(x_RM: Tensor, y_RP: Tensor, ends_E: Tensor, out_EMP: Tensor, experts: int | slice, add: bool) -> Tensor:

@@ -1,0 +1,198 @@
+"""Hopper's attention, every group of warps as a thread on this CPU, against the definition in float64."""
+
+from __future__ import annotations
+
+import inspect
+
+import gluon_on_cpu
+import pytest
+import torch
+from ava_kernels import rope_attention
+
+pytest.importorskip("triton")
+from ava_kernels.attention import hopper, hopper_backward
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "on_this_cpu")
+
+
+@pytest.fixture
+def on_this_cpu(monkeypatch):
+    monkeypatch.setattr(hopper, "runs_on", lambda q: True)
+    torch.manual_seed(0)
+    with gluon_on_cpu.emulated():
+        yield
+
+
+def inputs(S_q, S_k, heads=(2, 1), D=64, dtype=torch.float16, batch=1):
+    shapes = (batch, S_q, heads[0], D), *[(batch, S_k, heads[1], D)] * 2
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def table(length, D, part=None):
+    angles = 3 * torch.randn(length, (part or D) // 2)
+    return angles.cos(), angles.sin()
+
+
+def all_of(tensors, upstreams, **options):
+    out, lse = rope_attention(*tensors, return_lse=True, **options)
+    finite = lse.masked_fill(lse.isneginf(), 0)
+    loss = (out * upstreams[0].to(out.dtype)).sum() + (finite * upstreams[1].to(lse.dtype)).sum()
+    return [out, lse, *torch.autograd.grad(loss, tensors)]
+
+
+def assert_right(tensors, cos_sin=(), **options):
+    """Its errors against float64 are at most twice those of the definition in the same precision."""
+    cos, sin = cos_sin or (None, None)
+    B, S_q, H, _ = tensors[0].shape
+    upstreams = torch.randn(tensors[0].shape), torch.randn(B, H, S_q)
+    ours = all_of(tensors, upstreams, cos=cos, sin=sin, backend="hopper", **options)
+    same = all_of(tensors, upstreams, cos=cos, sin=sin, backend="torch", **options)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    true = all_of(doubles, upstreams, cos=cos, sin=sin, backend="torch", **options)
+    for name, got, other, exact in zip(("out", "lse", "dq", "dk", "dv"), ours, same, true, strict=True):
+        assert got.shape == exact.shape, name
+        hidden = exact.isneginf()
+        assert torch.equal(got.isneginf(), hidden), name
+        got, other, exact = (t.double().masked_fill(hidden, 0) for t in (got, other, exact))
+        error, allowed = (got - exact).norm().item(), 2 * (other - exact).norm().item()
+        assert error <= allowed + 2e-6 * exact.norm().item(), (name, error, allowed)
+    return ours
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(
+    ("S_q", "S_k", "options"),
+    [
+        (300, 300, {}),
+        (129, 400, {"causal": False}),
+        (400, 129, {}),  # the first queries see nothing
+        (1, 300, {}),
+        (260, 260, {"window_size": (70, 0), "softcap": 20.0}),
+        (200, 330, {"causal": False, "window_size": (40, 90), "softmax_scale": 0.3}),
+    ],
+)
+def test_output_and_gradients_are_the_definition(D, S_q, S_k, options):
+    assert_right(inputs(S_q, S_k, D=D), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)])
+def test_heads_share_keys(dtype, heads):
+    rotation = (
+        table(150, 64) if dtype == torch.float16 else ()
+    )  # keys are turned by Triton's interpreter, cutting bits off
+    assert_right(inputs(150, 150, heads, dtype=dtype, batch=2), rotation)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("part", [None, 32])
+def test_rotation(D, interleaved, part):
+    position = torch.randint(0, 140, (1, 140))
+    assert_right(inputs(140, 140, D=D), table(140, D, part), interleaved=interleaved, position_ids=position)
+
+
+def test_empty_sequences():
+    for S_q, S_k in ((0, 5), (5, 0), (0, 0)):
+        assert_right(inputs(S_q, S_k))
+
+
+def test_strided_and_expanded_tensors():
+    q, k, v = inputs(140, 140, (2, 2))
+    q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    k = k.detach()[:1, :, :1].expand(1, 140, 2, 64).requires_grad_()
+    v = torch.randn(1, 140, 2, 65).half()[..., 1:].requires_grad_()  # rows that TMA cannot begin at
+    assert_right([q, k, v], table(140, 64))
+
+
+def test_offsets_beyond_31_bits():
+    tensors = []
+    for t in inputs(70, 70, (2, 2)):
+        try:  # memory that is never touched costs nothing
+            storage = torch.empty(70 * 2**25, dtype=t.dtype)
+        except RuntimeError:
+            pytest.skip("no 14 GiB of address space")
+        tensors.append(storage.as_strided(t.shape, (0, 2**25, 64, 1)).copy_(t.detach()).requires_grad_())
+    assert_right(tensors, table(70, 64))
+
+
+def test_large_logits():
+    q, k, v = inputs(150, 150)
+    assert_right([(t.detach() * 30).requires_grad_() for t in (q, k)] + [v])
+
+
+def test_what_lies_behind_a_sequence_is_not_read():
+    """NaN in one sequence of a batch stays there."""
+    q, k, v = inputs(130, 130, batch=2)
+    with torch.no_grad():
+        v[1], k[1] = float("nan"), float("nan")
+    out, lse = rope_attention(q, k, v, return_lse=True, backend="hopper")
+    gradients = torch.autograd.grad((out[0] * torch.randn_like(out[0])).sum() + lse[0].sum(), (q, k, v))
+    assert all(t[0].isfinite().all() for t in (out, lse, *gradients))
+    assert out[1].isnan().all()
+
+
+def test_same_input_gives_same_bits():
+    tensors, upstreams = inputs(300, 300), (torch.randn(1, 300, 2, 64), torch.randn(1, 2, 300))
+    results = []
+    for seed in (1, 2):  # other orders of what may happen in any
+        with gluon_on_cpu.emulated(seed):
+            results.append(all_of(tensors, upstreams, backend="hopper"))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_it_does_not_take(monkeypatch):
+    q, k, v = inputs(10, 10)
+    refused = "backend is 'hopper', which is for float16 and bfloat16, heads of 64 or 128, no cu_seqlens"
+    packed = [t[0] for t in (q, k, v)]
+    with pytest.raises(ValueError, match=refused):
+        rope_attention(*packed, cu_seqlens=torch.tensor([0, 10], dtype=torch.int32), backend="hopper")
+    with pytest.raises(ValueError, match=refused):
+        rope_attention(q.float(), k.float(), v.float(), backend="hopper")
+    with pytest.raises(ValueError, match=refused):
+        rope_attention(*inputs(10, 10, D=80), backend="hopper")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="on cpu"):
+        rope_attention(q, k, v, backend="hopper")
+
+
+FAULTS = {
+    "values are given back before they are read": (
+        hopper._attend,
+        "out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))\n            mbarrier.arrive(v_empty.index(last_stage))",
+        "mbarrier.arrive(v_empty.index(last_stage))\n            out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))",
+    ),
+    "the token is not passed on": (hopper._attend, "mbarrier.arrive(turns.index(1 - NUMBER))", "pass"),
+    "no fence behind the queries": (hopper._attend, "hopper.fence_async_shared()", "pass"),
+    "a phase that is off by one": (hopper._fetch, "k_empty.index(stage), phase ^ 1", "k_empty.index(stage), phase"),
+    "a product that is not waited for": (
+        hopper_backward._keys_of_group,
+        "hopper.warpgroup_mma_wait(0, deps=(dv_sum",
+        "hopper.warpgroup_mma_wait(1, deps=(dv_sum",
+    ),
+    "bytes that are not expected": (
+        hopper_backward._fetch_pairs,
+        "x.block_type.nbytes + y.block_type.nbytes)\n        fetch",
+        "x.block_type.nbytes)\n        fetch",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_order_show(monkeypatch, fault):
+    """Of the emulation itself: a kernel with one line changed is found out."""
+    kernel, line, other = FAULTS[fault]
+    source = inspect.getsource(kernel.fn)
+    assert source.count(line) == 1
+    names, changed = gluon_on_cpu.names_of(kernel), {}
+    exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
+    monkeypatch.setitem(names, kernel.fn.__name__, changed[kernel.fn.__name__])
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
+    tensors = inputs(600, 600)
+
+    def often_enough():
+        for _ in range(20):
+            assert_right(tensors)
+
+    with pytest.raises(AssertionError):
+        often_enough()
