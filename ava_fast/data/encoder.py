@@ -61,7 +61,7 @@ class WordEncoder:
         if len(missing) > max(FEW_WORDS, len(words) // 4):
             return tokenize(self._tokenizer, texts)
         rows, tokens, edges = self._look_up(distinct, missing)
-        rows = rows[words.indices.to_numpy()]
+        rows = rows[np.from_dlpack(words.indices)]  # to_numpy would import pandas
         lengths = np.diff(edges)[rows]
         ends = np.concatenate([[0], np.cumsum(lengths)])
         places = np.arange(ends[-1]) + np.repeat(edges[rows] - ends[:-1], lengths)
