@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,9 @@ from ava_fast.data.readers import PART_BYTES, Lines, Lost, Part, Record, divide,
 from ava_fast.data.tokenizer import cut, load_tokenizer
 from ava_fast.errors import UserError
 from ava_fast.files import sync
-from ava_fast.settings import FiltersConfig
+
+if TYPE_CHECKING:  # the settings' models, which were checked before, take half of a worker's start
+    from ava_fast.settings import FiltersConfig
 
 BATCH_CHARACTERS = 4 << 20
 """Text per batch."""
@@ -101,7 +104,8 @@ class Plan:
     def load(cls, tree: dict[str, Any]) -> Plan:
         files = [File(name, Path(path), *rest) for name, path, *rest in tree["files"]]
         tasks = [[(number, start, stop) for number, start, stop in task] for task in tree["tasks"]]
-        return cls(files, tasks, FiltersConfig(**tree["filters"]), tree["heldout_share"])
+        filters = cast("FiltersConfig", SimpleNamespace(**tree["filters"]))
+        return cls(files, tasks, filters, tree["heldout_share"])
 
 
 def make_plan(files: list[File], filters: FiltersConfig, heldout_share: float = 0.0) -> Plan:
