@@ -55,6 +55,10 @@ def conflicts(config: Config) -> list[Fault]:
         refuse("training.adaptive_lr.min_lr", adaptive.min_lr, at_most)
     if training.compile and config.deepspeed.zero_stage == 3:
         refuse("training.compile", "true", "false, or deepspeed.zero_stage below 3, as 3 fetches weights on the way")
+    if config.memory.offload_optimizer and config.deepspeed.zero_stage != 2:
+        refuse(
+            "memory.offload_optimizer", "true", f"false, or deepspeed.zero_stage 2 (now {config.deepspeed.zero_stage})"
+        )
     if config.data.document_attention and training.attention_backend == "sdpa":
         allowed = "auto, triton or torch, or set data.document_attention to false"
         refuse("training.attention_backend", "sdpa", allowed)

@@ -137,6 +137,7 @@ class Engine:
         self._lr: float | None = None
         self.before_update = None
         self._optimizer.register_step_pre_hook(self._before_adamw)
+        self._on_host: list[Tensor] = []  # this rank's share of the gradient, by parameter group, where AdamW is there
         self._own_norm(trainable)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # nccl knows no tensors on the host. Only the stages with `collectives` in backward alone have to ask.
@@ -168,6 +169,8 @@ class Engine:
                 decide(self._norm)
         finally:
             self._decide = None
+            if self._on_host:
+                self._ready_host()
         return StepResult(self._norm, self._nonfinite, self._lr is not None and self._engine.was_step_applied())
 
     def take_gradient(self) -> list[Tensor]:
@@ -385,6 +388,11 @@ class Engine:
         elif self._stage == 3:
             optimizer._get_norm_groups = lambda: [self._measure(_averaged(optimizer))]
             optimizer.unscale_and_clip_grads = lambda *_: None
+        elif self._config.memory.offload_optimizer:
+            self._on_host = [master.grad for master in optimizer.single_partition_of_fp32_groups]
+            optimizer.check_overflow = optimizer.set_norm_for_param_grad_in_gpu = lambda *_, **__: None
+            optimizer.update_offload_overflow_tracker = lambda _: None
+            optimizer.scaled_global_norm = lambda: self._measure(self._on_host)
         elif self._config.training.precision == "bf16" and self._stage == 1:
             # Every rank holds the whole gradient; it measures the share that it updates.
             shares = optimizer.fp32_groups_gradient_flat_partition
@@ -392,6 +400,14 @@ class Engine:
         else:
             optimizer.check_overflow = lambda **_: None
             optimizer.scaled_global_norm = lambda: self._measure(_averaged(optimizer))
+
+    def _ready_host(self) -> None:
+        """After a step with AdamW on the host, taken or not: DeepSpeed writes the next gradient into these tensors; and
+        after one that was not finite it would add the next, in bf16, to what there was."""
+        zero = self._engine.optimizer
+        for master, gradient in zip(zero.single_partition_of_fp32_groups, self._on_host, strict=True):
+            master.grad = gradient
+        zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
 
     @torch.no_grad()
     def _step_stage_0_bf16(self, wrapper: Any) -> None:
@@ -422,7 +438,7 @@ class Engine:
         norm = found[0].sqrt()
         self._norm, nonfinite = torch.stack((norm, found[1])).tolist()
         self._nonfinite = int(nonfinite)
-        self._stats = replace(stats, norm=norm)
+        self._stats = replace(stats, norm=norm.to(stats.norm.device))
         return torch.tensor(0.0 if math.isfinite(self._norm) else math.nan, device=self.device)
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -539,6 +555,10 @@ def _deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": bucket,
         },
     }
+    if config.memory.offload_optimizer:
+        pinned = torch.cuda.is_available()
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW needs no compiler, and is the same rule
     if stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

@@ -106,8 +106,9 @@ def _device(config: Config) -> str:
 def _memory(config: Config, world_size: int) -> str:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    needed = state_bytes(parameters, config, world_size)
-    if torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    needed = state_bytes(parameters, config, world_size, gpu=gpu)
+    if gpu:
         free, where = torch.cuda.mem_get_info()[0], "free on the GPU"
     else:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -115,7 +116,7 @@ def _memory(config: Config, world_size: int) -> str:
     if needed > free:
         raise UserError(
             f"{parameters:,} parameters need {needed / GIB:.1f} GiB a rank before any activation, {free / GIB:.1f} GiB "
-            f"are {where}; raise deepspeed.zero_stage, add ranks or choose a smaller model"
+            f"are {where}; raise deepspeed.zero_stage, add ranks, set memory.offload_optimizer or take a smaller model"
         )
     return f"{parameters:,} parameters, {needed / GIB:.2f} GiB a rank without activations, {free / GIB:.1f} GiB {where}"
 

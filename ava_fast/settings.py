@@ -360,9 +360,12 @@ class MemoryConfig(Section):
     micro_batch: Positive | None = None
     """Sequences of a rank in one forward pass, at most: its share of `training.batch_size` is taken in as many passes
     as that needs, and the batch of a step stays what it is. None: all in one."""
+    offload_optimizer: bool = False
+    """Keep the fp32 weights, their gradients and AdamW's moments in the host's memory, and update them there: for
+    ZeRO-2, which copies gradients to the host and weights back in every step."""
     on_out_of_memory: Literal["ladder", "stop"] = "ladder"
-    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, one after the
-    other, and the same step again; or a clean stop."""
+    """What follows when a step does not fit: activation checkpointing, a smaller micro-batch, ZeRO-2, the optimizer on
+    the host, one after the other, and the same step again; or a clean stop."""
 
 
 class CheckpointConfig(Section):

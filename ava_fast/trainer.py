@@ -407,7 +407,7 @@ class Trainer:
             return False
         self.engine.discard()
         self.loader.position = start
-        if then.zero_stage != now.zero_stage:
+        if (then.zero_stage, then.offload) != (now.zero_stage, now.offload):
             restore_generators(noise)
             self._rebuild(then)
         self._take(then, f"{why}; the same step again with {then}")
@@ -415,7 +415,7 @@ class Trainer:
         return True
 
     def _next_rung(self) -> room.Room | None:
-        may_shard = not conflicts(room.with_room(self.config, replace(self._room, zero_stage=2)))
+        may_shard = not conflicts(room.with_room(self.config, replace(self._room, zero_stage=2, offload=False)))
         return self._room.more(self.engine.world_size, may_shard=may_shard)
 
     def _take(self, then: room.Room, said: str) -> None:

@@ -22,7 +22,9 @@ from ava_fast.engine import Engine, StepResult, init_distributed
 from ava_fast.errors import UserError
 
 WORLD_SIZE, MICRO_BATCHES, STEPS = 2, 2, 8
-CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+OFFLOADED = 4  # as a stage: ZeRO-2 with its optimizer on the host
+STAGES = range(5)
+CASES = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
 MAX_NORM, WEIGHT_DECAY = 0.5, 0.2
 
 
@@ -92,7 +94,9 @@ def make_config(
         "weight_decay": weight_decay,
         "adam_beta1": 0.8,
     }
-    return Config.model_validate({"training": training, "deepspeed": {"zero_stage": stage, "bucket_elements": 1001}})
+    zero = {"zero_stage": 2 if stage == OFFLOADED else stage, "bucket_elements": 1001}
+    memory = {"offload_optimizer": stage == OFFLOADED}
+    return Config.model_validate({"training": training, "deepspeed": zero, "memory": memory})
 
 
 def plain_loop(
@@ -218,7 +222,7 @@ def exercise(root: Path) -> dict[Any, dict[str, Any]]:
         case["other"], case["held_out_other"] = resumed.gather_weights(), held_out(resumed)
         case["moments_after_weights"] = len(resumed._optimizer.state)
         seen[stage, precision] = case
-    for stage in range(4):
+    for stage in STAGES:
         unclipped = Engine(TinyModel(), make_config(stage, "fp32", max_grad_norm=0.0))
         seen[stage, "unclipped"] = {"history": train(unclipped, range(3)), "weights": unclipped.gather_weights()}
         checkpointed = Engine(TinyModel(activation_checkpointing=True), make_config(stage, "fp32", max_grad_norm=0.0))
@@ -370,9 +374,9 @@ def carry(root: Path, stages: list[int], suffix: str) -> None:
 def test_weights_and_moments_survive_any_number_of_ranks_and_stages_bitwise(
     ranks: list[dict[Any, dict[str, Any]]], root: Path
 ) -> None:
-    run_on_ranks(carry, 3, root, [2, 0, 3, 1], "three")  # three does not divide the sizes
+    run_on_ranks(carry, 3, root, [2, 0, OFFLOADED, 3, 1], "three")  # three does not divide the sizes
     before = Shards(root / "2fp32")
-    for folder in ("0three", "3three", "1three"):
+    for folder in ("0three", f"{OFFLOADED}three", "3three", "1three"):
         after = Shards(root / folder)
         assert after.description["adam_step"] == before.description["adam_step"] == STEPS // 2
         assert after.description["world_size"] == 3
@@ -382,7 +386,7 @@ def test_weights_and_moments_survive_any_number_of_ranks_and_stages_bitwise(
                 assert torch.equal(*(each.read(kind, name, 0, math.prod(shape)) for each in (before, after))), name
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_zero_max_grad_norm_does_not_clip(stage: int, ranks: list[dict[Any, dict[str, Any]]]) -> None:
     _losses, norms, weights = plain_loop("fp32", max_norm=0.0, steps=3)
     history = ranks[0][stage, "unclipped"]["history"]
@@ -392,7 +396,7 @@ def test_zero_max_grad_norm_does_not_clip(stage: int, ranks: list[dict[Any, dict
     assert not torch.allclose(clipped["norm.weight"], weights["norm.weight"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_activation_checkpointing_changes_nothing(stage: int, ranks: list[dict[Any, dict[str, Any]]]) -> None:
     for rank in ranks:
         plain, checkpointed = (rank[stage, key]["history"] for key in ("unclipped", "checkpointed"))
@@ -414,7 +418,7 @@ def alone(root: Path) -> list[dict[str, Tensor] | None]:
     os.environ.update(PATH=str(root), TORCH_EXTENSIONS_DIR=str(root / "extensions"))
     init_distributed(make_config(0, "fp32"))
     weights = []
-    for stage in (0, 1, 2, 3):
+    for stage in STAGES:
         for _ in range(2):
             engine = Engine(TinyModel(), make_config(stage, "fp32"))
             assert (engine.rank, engine.world_size, torch.distributed.get_backend()) == (0, 1, "gloo")

@@ -84,9 +84,20 @@ def test_memory_is_compared_with_what_a_rank_can_have(config: Path, monkeypatch:
     assert "memory" in failing(load_config(config))
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2), ("bf16", 0)])
-def test_state_bytes_are_those_of_a_stepped_engine(precision: str, stage: int, config: Path) -> None:
-    settings = load_config(config, [f"training.precision={precision}", f"deepspeed.zero_stage={stage}"])
+@pytest.mark.parametrize(
+    ("precision", "stage", "offload"),
+    [
+        ("fp32", 0, False),
+        ("fp32", 1, False),
+        ("bf16", 2, False),
+        ("bf16", 0, False),
+        ("fp32", 2, True),
+        ("bf16", 2, True),
+    ],
+)
+def test_state_bytes_are_those_of_a_stepped_engine(precision: str, stage: int, offload: bool, config: Path) -> None:
+    overrides = [f"training.precision={precision}", f"deepspeed.zero_stage={stage}"]
+    settings = load_config(config, [*overrides, f"memory.offload_optimizer={str(offload).lower()}"])
     tensors = _bytes_of_live_tensors()
     init_distributed(settings)
     try:
@@ -96,7 +107,7 @@ def test_state_bytes_are_those_of_a_stepped_engine(precision: str, stage: int, c
         engine.step(lambda _: 1e-3)
         used = _bytes_of_live_tensors() - tensors
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-        estimate = preflight.state_bytes(parameters, settings, 1)
+        estimate = preflight.state_bytes(parameters, settings, 1, gpu=False)
         # Gradients may be gone by now, buckets and padding may be there.
         assert used == pytest.approx(estimate, rel=0.35)
         engine.close()

@@ -2,7 +2,7 @@
 
 | part | what it is |
 |---|---|
-| states | weights, fp32 masters, AdamW's moments, in the ZeRO stage's shares |
+| states | weights, fp32 masters, AdamW's moments, in the ZeRO stage's shares; what lies on the host is not counted |
 | gradients | fp32, likewise; where a step is one pass they come as the activations go |
 | activations | what one forward pass of a micro-batch keeps for backward |
 | working | what comes and goes beside it: the head's logits or a block's gradients |
@@ -67,23 +67,33 @@ def estimate(config: Config, world_size: int, *, gpu: bool = True) -> Estimate:
     activations = inputs + block if recompute else whole
     # A block's backward holds the gradients of what it works on: about as much again as the block keeps.
     working = max(_head_bytes(config, rows, gpu), block)
-    gradients = 4 * parameters // (world_size if config.deepspeed.zero_stage >= 2 else 1)
-    states = state_bytes(parameters, config, world_size) - gradients
+    gradients = _gradient_bytes(parameters, config, world_size, gpu)
+    states = state_bytes(parameters, config, world_size, gpu=gpu) - gradients
     passes = config.training.gradient_accumulation_steps * -(-config.training.batch_size // (world_size * rows))
     # A bf16 run adds gradients up in fp32 buffers that stay; in fp32 the first pass brings them.
     begun = states + activations + working + (gradients if passes > 1 or bf16 else 0)
     return Estimate(states, gradients, activations, working, max(begun, states + gradients + working))
 
 
-def state_bytes(parameters: int, config: Config, world_size: int) -> int:
-    """Bytes on one rank of weights, fp32 gradients, fp32 masters and AdamW's moments."""
-    stage = config.deepspeed.zero_stage
+def state_bytes(parameters: int, config: Config, world_size: int, *, gpu: bool) -> int:
+    """Bytes on one rank of weights, fp32 gradients, fp32 masters and AdamW's moments; on a GPU, without the host's."""
+    stage, offload = config.deepspeed.zero_stage, config.memory.offload_optimizer
     bf16 = config.training.precision == "bf16"
     weights = (2 if bf16 else 4) * parameters // (world_size if stage == 3 else 1)
-    gradients = 4 * parameters // (world_size if stage >= 2 else 1)
     masters = 4 * parameters if bf16 or stage > 0 else 0  # ZeRO keeps a flat fp32 copy in either precision
     optimizer = (masters + 8 * parameters) // (world_size if stage >= 1 else 1)
-    return weights + gradients + optimizer
+    if offload and gpu:
+        optimizer = 0
+    elif offload:  # the host has DeepSpeed's flat gradient and a copy of the weights' share on their way as well
+        optimizer += (4 + (2 if bf16 else 4)) * parameters // world_size
+    return weights + _gradient_bytes(parameters, config, world_size, gpu) + optimizer
+
+
+def _gradient_bytes(parameters: int, config: Config, world_size: int, gpu: bool) -> int:
+    """fp32. With the optimizer on the host DeepSpeed adds them up there, but in bf16 on the device."""
+    if gpu and config.memory.offload_optimizer and config.training.precision != "bf16":
+        return 0
+    return 4 * parameters // (world_size if config.deepspeed.zero_stage >= 2 else 1)
 
 
 def plan(config: Config, world_size: int) -> list[str]:
@@ -99,6 +109,7 @@ def plan(config: Config, world_size: int) -> list[str]:
     if world_size > 1 and now.zero_stage < 3:
         last = Room(recompute=True, micro_batch=1, zero_stage=3)
         ways.append((str(last), estimate(with_room(config, last), world_size)))
+    ways[1:] = sorted(ways[1:], key=lambda way: -way[1].peak)
     width = max(len(name) for name, _ in ways)
     lines = [f"{'GiB on each of ' + str(world_size):<{width}}  states  gradients  activations  working    peak"]
     for name, found in ways:

@@ -1,4 +1,5 @@
-"""A run whose process may take only so much more memory than it has when training begins: `limited_run.py MIB …`."""
+"""A run whose process may take only so much more memory than it has when training begins, until its first step is taken:
+`limited_run.py MIB …`."""
 
 import os
 import resource
@@ -17,13 +18,15 @@ if __name__ == "__main__":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        evaluate = trainer._evaluate
+        step = trainer._step
 
-        def freely() -> None:  # after the last step: what saves and reports is not what is tested
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            evaluate()
+        def limited_until_taken() -> Any:  # the micro-batch is found in the first; later ones may start threads
+            taken = step()
+            if trainer.step:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return taken
 
-        trainer._evaluate = freely  # type: ignore[method-assign]
+        trainer._step = limited_until_taken  # type: ignore[method-assign]
         run(trainer, *rest)
 
     Trainer.run = limited  # type: ignore[method-assign]

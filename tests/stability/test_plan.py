@@ -61,7 +61,8 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     ways = [line for line in lines if "ZeRO-" in line and "GB" not in line]
     peaks = [float(line.split()[-1]) for line in ways]
-    assert "ZeRO-3" in ways[-1]
+    assert any("ZeRO-3" in way for way in ways)
+    assert any("the optimizer on the host" in way for way in ways)
     assert peaks == sorted(peaks, reverse=True)
     assert "none of these" in next(line for line in lines if line.startswith("RTX 4090"))
     assert cli.main(["memory", "plan", "--config", config, "--world-size", "3"]) == 2

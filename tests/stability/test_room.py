@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_the_search_ends_at_the_largest_micro_batch_that_fits(rows: int, fits: i
                 break
             now = now.passed()
         else:
-            then = now.more(1, may_shard=True)
+            then = now.more(1, may_shard=False)
             if then is None:
                 assert fits == 0
                 return
@@ -58,10 +59,12 @@ def test_the_rungs_in_their_order() -> None:
         "activation checkpointing, micro-batches of 2, ZeRO-0",
         "activation checkpointing, micro-batches of 1, ZeRO-0",
         "activation checkpointing, micro-batches of 1, ZeRO-2",
+        "activation checkpointing, micro-batches of 1, ZeRO-2, the optimizer on the host",
     ]
     last = Room(recompute=True, micro_batch=1, zero_stage=0)
-    assert last.more(1, may_shard=True) is None
+    assert last.more(1, may_shard=True) == Room(True, 1, 2, offload=True)
     assert last.more(2, may_shard=False) is None
+    assert replace(last, zero_stage=3).more(2, may_shard=True) is None
 
 
 def test_rows_of_a_batch_keep_their_documents() -> None:
@@ -85,9 +88,18 @@ CASES = {
         lambda run: run.stage == 2,
         ["memory.activation_checkpointing=true", "memory.micro_batch=1", "deepspeed.zero_stage=2"],
     ),
+    "offload": (
+        lambda run: run.offloads,
+        [
+            "memory.activation_checkpointing=true",
+            "memory.micro_batch=1",
+            "deepspeed.zero_stage=2",
+            "memory.offload_optimizer=true",
+        ],
+    ),
     "nothing": (lambda run: False, []),
 }
-STAGES = {"recompute": (0, 1, 2), "micro-batch": (0, 1, 2), "ZeRO-2": (0,), "nothing": (1,)}
+STAGES = {"recompute": (0, 1, 2), "micro-batch": (0, 1, 2), "ZeRO-2": (0,), "offload": (1,), "nothing": (1,)}
 BASE = ["training.batch_size=8", "training.max_steps=5", "evaluation.eval_steps=0", "checkpoint.save_steps=0"]
 BASE += ["data.document_attention=true"]
 
@@ -113,6 +125,10 @@ class Tight:
     @property
     def stage(self) -> int:
         return self.trainer.config.deepspeed.zero_stage
+
+    @property
+    def offloads(self) -> bool:
+        return self.trainer.config.memory.offload_optimizer
 
     def watch(self) -> None:
         self.trainer.engine.model.register_forward_pre_hook(self.allocate)
@@ -192,7 +208,7 @@ def test_a_run_that_climbed_is_one_that_began_so(case: str, stage: int, seen: di
     made = [record for record in run["records"] if record["kind"] == "memory"]
     assert run["counts"] == {"step taken again in less memory": len(made)}
     assert all(record["step"] == 0 for record in made)
-    expected = {"recompute": 1, "micro-batch": 4, "ZeRO-2": 4}
+    expected = {"recompute": 1, "micro-batch": 4, "ZeRO-2": 4, "offload": 5}
     assert len(made) == expected[case]
     if case == "micro-batch":
         assert [record["micro_batch"] for record in made] == [4, 2, 3, 3]
@@ -210,7 +226,7 @@ def test_at_the_ladders_end_it_stops_with_advice(seen: dict[Any, dict[str, Any]]
     run = seen["nothing", 1]
     for words in ("out of memory on 1 rank", "emergency checkpoint", "training.batch_size (now 8)"):
         assert words in run["error"]
-    assert [r["zero_stage"] for r in run["records"] if r["kind"] == "memory"] == [1, 1, 1, 2]
+    assert [r["zero_stage"] for r in run["records"] if r["kind"] == "memory"] == [1, 1, 1, 2, 2]
 
 
 def test_a_resumed_run_begins_with_what_was_found(seen: dict[Any, dict[str, Any]], root: Path) -> None:
@@ -220,6 +236,9 @@ def test_a_resumed_run_begins_with_what_was_found(seen: dict[Any, dict[str, Any]
     assert room.kept(folder, config, 4) == config
     own = settings(str(root / "c.yaml"), 3, "memory.micro_batch=2")
     assert room.with_room(own, Room(True, 2, 3)) == room.kept(folder, own, 4)
+    room.keep(folder, Room(True, 1, 2, offload=True))
+    assert room.with_room(own, Room(True, 1, 3)) == room.kept(folder, own, 4)
+    assert Room.of(room.kept(folder, settings(str(root / "c.yaml"), 1), 4), 4) == Room(True, 1, 2, offload=True)
     bad = root / "bad"
     bad.mkdir()
     (bad / room.FILE).write_text("{")
