@@ -12,7 +12,7 @@ from bench import guard, machine
 # The most that a program may have; sm_80's is that of sm_86 and sm_89.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 # What has tiles of its own there.
-ELSEWHERE = "32768×2048, |moe_mlp, unaligned|attention (64, causal, 64|128, packed|256)"
+ELSEWHERE = "32768×2048, |moe_mlp, unaligned|attention (64, causal, 64/8$|128, packed|256)"
 
 
 def compiled(architecture: int, cases: str = "") -> list[dict]:
