@@ -62,6 +62,9 @@ def conflicts(config: Config) -> list[Fault]:
     if config.data.document_attention and training.attention_backend == "sdpa":
         allowed = "auto, triton or torch, or set data.document_attention to false"
         refuse("training.attention_backend", "sdpa", allowed)
+    thresholds = config.memory.thresholds or []
+    if thresholds != sorted(set(thresholds)):
+        refuse("memory.thresholds", thresholds, "four shares that rise")
     _source_conflicts(config, refuse)
     _curriculum_conflicts(config, refuse)
     if training.mode == "debug" and training.compile:

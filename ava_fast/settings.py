@@ -353,8 +353,11 @@ class StabilityConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Trades of time for memory."""
+    """Trades of time for memory, and what is done before there is none left."""
 
+    thresholds: Annotated[list[Fraction], Field(min_length=4, max_length=4)] | None = [0.75, 0.8, 0.85, 0.9]
+    """Shares of the memory that a rank may have at which there is a warning, advice on what takes less, an emptied
+    cache, and once a checkpoint ahead of its time. None: nothing is measured."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in backward."""
     micro_batch: Positive | None = None

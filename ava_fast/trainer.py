@@ -57,6 +57,7 @@ from ava_fast.stability.failures import (
 from ava_fast.stability.judge import FAILURES, Judge, Ruling, Trouble, Verdict
 from ava_fast.stability.replay import dump
 from ava_fast.stability.surgery import Surgery
+from ava_fast.stability.utilisation import ADVISED, EMPTIED, SAVED, Utilisation, empty_cache
 
 logger = logging.getLogger(__name__)
 evaluation_logger = logging.getLogger(EVALUATION_LOG)
@@ -137,6 +138,8 @@ class Trainer:
             config.logging.log_steps,
             cuda=self.engine.device.type == "cuda",
         )
+        self._utilisation = Utilisation(rank, world_size, self.engine.device, config.memory.thresholds)
+        self._save_early: bool | None = None  # None: not yet; False: no more
         self.restarted: dict[str, Any] | None = None
         """The record of the restart that this run goes on from; see distributed.elastic."""
         self._progress = Progress(config, run_folder, rank)
@@ -188,13 +191,16 @@ class Trainer:
             elif ruling.apply and _due(self.step, config.evaluation.eval_steps):
                 watch.enter("evaluate")
                 self._evaluate()
-            if interrupted or (ruling.apply and _due(self.step, config.checkpoint.save_steps)):
+            if interrupted or (ruling.apply and (_due(self.step, config.checkpoint.save_steps) or self._save_early)):
                 watch.enter("save")
-                self.save(wait=bool(interrupted))
+                self.save(wait=bool(interrupted or self._save_early))
+                self._save_early = None if self._save_early is None else False
             if interrupted:
                 name = signal.Signals(interrupted).name
                 raise Interrupted(f"{name}: saved at step {self.step}; go on with --resume latest")
             watch.enter("step")
+        if config.memory.thresholds:
+            self._progress.write(self._utilisation.most().record(self.step))
         watch.enter("evaluate")
         if self.evaluated_at != self.step:
             self._evaluate()
@@ -364,6 +370,7 @@ class Trainer:
             try:
                 with self._pace if engine.collectives != "forward" else nullcontext():
                     output = self._forward(piece)
+                    self._utilisation.look()
                     if engine.collectives == "step":
                         square = self._backward(output, share)
             except Exception as error:
@@ -610,17 +617,19 @@ class Trainer:
         own = {trouble for trouble, _, _ in self._failures}
         health = [signal_number, self.keeper.failure is not None, self._retries + self.keeper.retries]
         health += [trouble in own for trouble in FAILURES]
-        paces_W = self._pace.share()
-        shared = torch.cat((figures, figures.new_tensor([*health, *paces_W])))
+        paces_W, memory_W = self._pace.share(), self._utilisation.share()
+        shared = torch.cat((figures, figures.new_tensor([*health, *paces_W, *memory_W])))
         with part("communication"):
             dist.all_reduce(shared)
-        sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + len(paces_W)))
+        sums, requested, rest = shared.split((4 + 4 * L, L * E, len(health) + 2 * len(paces_W)))
         requested_LE = requested.view(L, E)
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.micro_batches * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
-        self._pace.heard(means[-len(paces_W) :])
-        signals, failed_saves, retries, *failed = means[-len(health) - len(paces_W) : -len(paces_W)]
+        W = len(paces_W)
+        self._pace.heard(means[-2 * W : -W])
+        self._note_utilisation(means[-W:])
+        signals, failed_saves, retries, *failed = means[-len(health) - 2 * W : -2 * W]
         if failed_saves:
             self.keeper.settle()
         self._count_retries(int(retries))
@@ -637,6 +646,23 @@ class Trainer:
         """Those that have been finished since the last call."""
         while self.keeper.news:
             self._progress.write(self.keeper.news.pop(0))
+
+    def _note_utilisation(self, shares: list[float]) -> None:
+        """Of the memory, by every rank; what follows changes no number of the run."""
+        change = self._utilisation.heard(shares)
+        if change is None:
+            return
+        said = f"rank {change.rank} takes {change.share:.0%} of the memory that it may have"
+        if change.reached(EMPTIED):
+            empty_cache(self.engine.device)
+            said += "; what the allocators kept unused is given back"
+        if change.reached(SAVED) and self._save_early is None:
+            self._save_early = True
+            said += "; a checkpoint follows, ahead of its time"
+        if change.reached(ADVISED):
+            said += f". {more_room(self.config)}"
+        self._progress.write(change.record(self.step))
+        (logger.warning if change.level > change.before else logger.info)(f"after step {self.step}: {said}")
 
     def _count_retries(self, retries: int) -> None:
         """What all ranks together tried again since the last step."""

@@ -87,6 +87,7 @@ REFUSED = [
     ["curriculum.batch.shape=cyclical", "deepspeed.zero_stage=0", "stability.gradient_surgery=pcgrad"],
     ["curriculum.difficulty.measure=loss", "curriculum.difficulty.reference=null"],
     ["training.mode=debug", "training.compile=true"],
+    ["memory.thresholds=[0.75, 0.8, 0.8, 0.9]"],
 ]
 SAVED = ["deepspeed.zero_stage=1"]  # of the checkpoint that is resumed
 RESUMED = {

@@ -46,6 +46,9 @@ def _markdown(
         rows.append(("bad steps", ", ".join(f"{count} × {name}" for name, count in verdicts[-1]["counts"].items())))
     if retries := sum(record["retries"] for record in records if record["kind"] == "retry"):
         rows.append(("network errors, tried again", f"{retries:,}"))
+    if taken := [record for record in records if record["kind"] == "utilisation"]:
+        most = max(taken, key=lambda record: record["share"])
+        rows.append(("memory, at most", f"{most['share']:.0%} of what a rank may have (rank {most['rank']})"))
     restarts = [record for record in records if record["kind"] == "restart"]
     if restarts:
         redone = sum(record["lost_step"] - record["step"] for record in restarts)

@@ -1,7 +1,7 @@
 """A run in which one rank fails, for torchrun: `failing_run.py WHAT RANK STEP --config …`.
 
-WHAT: forward or backward raises in the second block, or the rank is killed, stopped or hangs there. Once: not when
-torchrun has started it anew.
+WHAT: forward or backward raises in the second block, memory says there that there is none left, or the rank is killed,
+stopped or hangs there. Once: not when torchrun has started it anew.
 """
 
 import os
@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 from typing import Any
+
+import torch
 
 from ava_fast import train
 from ava_fast.trainer import Trainer
@@ -26,6 +28,8 @@ def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             if what == "hung":
                 time.sleep(600)
+            if what == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             raise ValueError("no such luck")
 
     model = trainer.engine.model
