@@ -276,6 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times rotation and attention beside their peers.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", action="append", type=Size.of, help="B,S,H_q,H_kv,D,causal|full|packed; repeatable")
+    parser.add_argument("--name", help="of the file of results; attention_cpu or attention_cuda if left out")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--budget", type=float, help="minutes; what is not done by then is left out")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that a contender may take to compile")
@@ -285,6 +286,7 @@ def main() -> int:
     if options.runs < 3:
         parser.error(f"--runs is {options.runs}; quartiles need at least 3")
     sizes = options.size or SIZES[options.device]
+    results = options.name or f"attention_{options.device}"
     if options.worker:
         with options.worker.open("a") as file:
             for event in run(options.device, sizes[0], options.runs, options.without):
@@ -309,8 +311,8 @@ def main() -> int:
                 result["left_out"][name] = event["ended"]
                 print(f"left out: {name}: {event['ended']}", flush=True)
         result["not_run"] = [size.key() for size in todo]
-        machine.write(f"attention_{options.device}", result)
-    print(machine.write(f"attention_{options.device}", result))
+        machine.write(results, result)
+    print(machine.write(results, result))
     return 0 if result["sizes"] else 1
 
 

@@ -8,7 +8,7 @@ it. Then times in turn, so that what else the machine does meets all alike:
 
 - `tokenizers`' own encode_batch on the texts in memory, with a thread per core;
 - the same in a process per core, one thread each: no start, no reading, nothing written;
-- `ava-fast prepare` from the file to shards on the disk, in a process per core;
+- `ava-fast prepare` from the file to shards on the disk, in as many processes as it takes;
 - `datasets` from the same file to its cache: load_dataset and, batched, in a process per core, map.
 
 Ratios are medians over the rounds: of the time on the clock, and of the processors' time, of all processes together,
@@ -64,7 +64,7 @@ def main() -> None:
             for key, action in {
                 "encode_batch, threads": lambda: _encode(folder, texts),
                 "encode_batch, processes": lambda: _encode_in_processes(folder, texts, cores),
-                "prepare": lambda run=run: _prepare(folder, run, cores),
+                "prepare": lambda run=run: _prepare(folder, run),
                 "datasets.map": lambda run=run: _datasets_map(folder, run, cores),
             }.items():
                 before, started_at = _processor_seconds(), time.perf_counter()
@@ -167,14 +167,14 @@ def _one_process(folder: Path, texts: list[str], ready: Any, spent: Any) -> None
     os._exit(0)
 
 
-def _prepare(folder: Path, run: int, cores: int) -> None:
+def _prepare(folder: Path, run: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     prepare(
         folder / "texts",
         folder / f"shards-{run}",
         vocab_size=VOCABULARY,
         tokenizer_name=folder,
         filters=FiltersConfig(),
-        processes=cores,
         progress=False,
     )
 

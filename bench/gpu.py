@@ -7,8 +7,8 @@
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
 (`bench.check`); how fast this GPU multiplies and copies; the operations at the shapes of published models (`SHARES`);
-better tiles for the experts where they are less ahead of a peer than they should be, and these timed again; a whole
-training step. What one does not use of its share of the time is left to the others. Results are JSON files in
+better tiles for experts and attention where they are less ahead of a peer than they should be, and these timed again; a
+whole training step. What one does not use of its share of the time is left to the others. Results are JSON files in
 `bench/results`: `gpu_cuda.json` tells how every step went and is rewritten after each. The exit code is 0 if all went
 well, 1 if not, 2 without a GPU. `python -m bench.guard gpu` then compares with the baseline, `python -m bench.report`
 makes the page.
@@ -37,6 +37,7 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.figures import is_ours
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = ROOT / "kernels" / "ava_kernels" / "gradients"
@@ -54,11 +55,15 @@ SHARES = {
     "gradients": 0.06,
     "rotary": 0.03,
     "loss": 0.04,
-    "tuning": 0.10,
-    "experts, tuned": 0.04,
-    "training step": 0.10,
+    "experts' tiles": 0.06,
+    "experts, tuned": 0.03,
+    "attention's tiles": 0.04,
+    "attention, tuned": 0.02,
+    "training step": 0.09,
 }
-AHEAD = {"grouped_mm": 1.5, "liger": 1.3}  # what ratio to a peer the experts should have; tuned where they have less
+# What ratio to a peer there should be, at least; where there is less, tiles are searched for.
+EXPERTS_AHEAD = {"grouped_mm": 1.5, "liger": 1.3}
+ATTENTION_AHEAD, SHORT, LONG_AHEAD = 1.0, 4096, 0.9  # of every peer; in longer sequences
 # Python sees what this module cannot: whether the extension loads, with which halves.
 FIND_EXTENSION = (
     "import sys; from ava_kernels.gradients.op import _find_extension; sys.exit(not _find_extension('cuda'))"
@@ -138,13 +143,15 @@ class Session:
             return ["-m", "bench.attention", "--device", self.device, *budget, *small]
         if name == "training step":
             return ["-m", "bench.training_step", *(["--size", "demo", *few] if cpu else budget)]
-        sizes = behind(machine.RESULTS / f"experts_{self.device}.json")
+        operation = "experts" if "experts" in name else "attention"
+        sizes = behind(machine.RESULTS / f"{operation}_{self.device}.json")
         if cpu or not sizes:
             return None
-        if name == "tuning":
-            return ["-m", "bench.tune", "experts", *budget, "--shapes", *sizes]
+        if "tiles" in name:
+            return ["-m", "bench.tune", operation, *budget, "--shapes", *sizes]
         again = [word for size in sizes for word in ("--size", size)]
-        return ["-m", "bench.experts", *budget, "--only-quick", "--name", "experts_cuda_tuned", *again]
+        quick = ["--only-quick"] if operation == "experts" else []
+        return ["-m", f"bench.{operation}", *budget, *quick, "--name", f"{operation}_cuda_tuned", *again]
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -192,18 +199,37 @@ class Session:
 
 
 def behind(path: Path) -> list[str]:
-    """The sizes, as `--size` has them, at which the experts are less ahead of a peer than they should be."""
+    """Of results of the experts or of attention: the sizes, as `--size` has them, at which ours is less ahead of a peer
+    than it should be."""
     try:
         rows = json.loads(path.read_text())["sizes"]
     except (OSError, ValueError):
         return []
-    return list(
-        dict.fromkeys(
-            ",".join(map(str, row["size"]))
-            for row in rows
-            for peer, least in AHEAD.items()
-            if peer in row["ratios"] and any(ratio["median"] < least for ratio in row["ratios"][peer].values())
-        )
+    found = [size_of(row) for row in rows if (attention_is_behind if "H_q" in row["size"] else experts_are_behind)(row)]
+    return list(dict.fromkeys(found))
+
+
+def size_of(row: dict[str, Any]) -> str:
+    size = row["size"]
+    return ",".join(map(str, size.values() if isinstance(size, dict) else size))
+
+
+def experts_are_behind(row: dict[str, Any]) -> bool:
+    return any(
+        peer in row["ratios"] and any(ratio["median"] < least for ratio in row["ratios"][peer].values())
+        for peer, least in EXPERTS_AHEAD.items()
+    )
+
+
+def attention_is_behind(row: dict[str, Any]) -> bool:
+    """Our own kernels, of any peer, with its ratio to the first contender, in forward or backward."""
+    times, own = row["contenders"], row["contenders"].get("ours, triton")
+    least = ATTENTION_AHEAD if row["size"]["S"] <= SHORT else LONG_AHEAD
+    return own is not None and any(
+        figures[direction]["median_ms"] < least * own[direction]["median_ms"]
+        for name, figures in times.items()
+        if not is_ours(name)
+        for direction in ("forward", "backward")
     )
 
 

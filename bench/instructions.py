@@ -52,7 +52,8 @@ def count_extension(root: Path = machine.ROOT, only: str = "") -> dict[str, int]
         }
 
 
-def count_loader() -> dict[str, int]:
+def count_loader(root: Path = machine.ROOT) -> dict[str, int]:
+    """Of the loader under `root`."""
     from bench.loader import write_random
 
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +62,7 @@ def count_loader() -> dict[str, int]:
         library.with_suffix(".cpp").write_text(SWITCH)
         subprocess.run(["g++", "-shared", "-fPIC", library.with_suffix(".cpp"), "-o", library], check=True)
         code = f"from bench.instructions import read_batches; read_batches({str(shards)!r}, {str(library)!r})"
-        total = _callgrind(["--instr-atstart=no"], [sys.executable, "-c", code])
+        total = _callgrind(["--instr-atstart=no"], [sys.executable, "-c", code], root)
         return {"loader, a batch": total // BATCHES}
 
 
@@ -80,13 +81,13 @@ def read_batches(shards: str, library: str) -> None:
     switch.stop()
 
 
-def _callgrind(options: list[str], command: list[str | Path]) -> int:
+def _callgrind(options: list[str], command: list[str | Path], root: Path = machine.ROOT) -> int:
     variables = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *options, *command],
         capture_output=True,
         text=True,
-        cwd=machine.ROOT,
+        cwd=root,  # from where `python -c` imports first
         env=variables,
     )
     found = re.search(r"Collected : (\d+)", done.stderr)

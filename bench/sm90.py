@@ -27,10 +27,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
+from ava_kernels import tiles
 from ava_kernels.attention import hopper as hopper_kernels
 from ava_kernels.attention import kernels as attention_kernels
 from ava_kernels.experts import kernels as experts
-from ava_kernels.experts import row_kernels, tiles
+from ava_kernels.experts import row_kernels
 from ava_kernels.routing import kernels as routing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,8 +40,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-LINE = "{case:44} {kernel:11} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared"
+ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LINE = "{case:44} {kernel:15} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared"
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tma": r"cp\.async\.bulk\.tensor", "cp_async": r"cp\.async\.c[ag]\."}
 # T, M, I, E, K of the published benchmarks, and of two models.
 EXPERTS = [
@@ -273,12 +274,13 @@ _compiled: dict[str, dict[str, Any]] = {}  # what differs in no way that the com
 
 
 def _resources(compiled: Any, architecture: int) -> dict[str, Any]:
-    target = f"sm_{architecture}a" if architecture == 90 else f"sm_{architecture}"
+    target = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
+    assembler = ASSEMBLERS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         usage = subprocess.run(
-            [ASSEMBLER, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin")],
+            [assembler, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin")],
             stderr=subprocess.PIPE,
             text=True,
             check=True,
@@ -302,13 +304,13 @@ def _number(pattern: str, text: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--architecture", type=int, default=90, choices=(80, 86, 89, 90), help="default: 90")
+    parser.add_argument("--architecture", type=int, default=90, choices=(80, 86, 89, 90, 120), help="default: 90")
     parser.add_argument("--cases", default="", help="a regular expression that a case's name must hold")
     arguments = parser.parse_args()
     tiles.NEWEST = divmod(arguments.architecture, 10)
     rows = []
     for case, run in CASES.items():
-        if not re.search(arguments.cases, case):
+        if not re.search(arguments.cases, case) or ("hopper" in case and arguments.architecture != 90):
             continue
         with _launches() as launches:
             run()

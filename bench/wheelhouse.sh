@@ -7,17 +7,19 @@
 # Groups (all if none is named):
 #     ours          ava-fast, with the CPU half of its extension; `make bench-gpu` builds the CUDA half where it runs
 #     deepspeed     DeepSpeed as a pure wheel
-#     needed        what these two import, apart from torch, triton and numpy
+#     needed        what the wheels that are there ask for, and what that asks for, apart from what comes with torch
 #     liger         Liger's Triton kernels: the easiest strong peer
-#     transformers  the training step's peer, with what it imports
-#     sonic         SonicMoE with the versions that it asks for, in a folder of their own: they are not flash-attn's
-#     flash         flash-attn 4 likewise
+#     transformers  the training step's peer, with what it asks for
+#     sonic         SonicMoE with the versions that it asks for, in a folder of their own: they are not flash-attn's. It
+#                   asks for torch 2.9.1 at most, too; a newer one is tried, and `make bench-gpu` records how that ends
+#     flash         flash-attn 4 with what it asks for, in a folder of its own likewise
 # A group that cannot be had is told and left out; the exit code is then 1. With --limit no file is larger than that: a
 # wheel is recompressed first, and split if that does not do (`python -m bench.wheels`).
 set -euo pipefail
 
 usage() { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 PYTHON=${PYTHON:-python3}
+export DS_BUILD_OPS=0 DS_ACCELERATOR=cpu  # DeepSpeed's wheel is a pure one
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder= target=3.12 limit= groups=
 while [ $# -gt 0 ]; do
@@ -30,7 +32,11 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$folder" ] || usage
-groups=${groups:-ours deepspeed needed liger transformers sonic flash}
+every="ours deepspeed needed liger transformers sonic flash"
+groups=${groups:-$every}
+for name in $groups; do
+  case " $every " in *" $name "*) ;; *) echo "wheelhouse.sh: there is no group $name; there are $every" >&2; exit 2 ;; esac
+done
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
@@ -39,7 +45,20 @@ build() { "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-
 fetch() { # into a folder, for the other machine's Python
   local into=$1; shift
   "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$target" --implementation cp \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$into" "$@"
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --constraint "$here/constraints.txt" --dest "$into" "$@"
+}
+complete() { # adds what the wheels in a folder ask for, until they ask for nothing more
+  local wanted
+  while true; do
+    wanted=$(PYTHONPATH=$here "$PYTHON" -m bench.wheels needs --python "$target" "$1" "$folder")
+    case $wanted in
+      "") return ;;
+      *hjson*) build hjson ;; # has no wheel
+      *deepspeed*) build "$(pinned deepspeed)" ;; # nor has this
+      *) mapfile -t wanted <<<"$wanted" && fetch "$1" "${wanted[@]}" ;;
+    esac
+  done
 }
 
 group() {
@@ -50,29 +69,28 @@ group() {
       (cd "$here" && cp -r pyproject.toml setup.py README.md LICENSE csrc ava_fast kernels "$copy")
       find "$copy" \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
       build "$copy" ;;
-    deepspeed) DS_BUILD_OPS=0 DS_ACCELERATOR=cpu build "$(pinned deepspeed)" ;;
-    needed)
-      fetch "$folder" "$(pinned pydantic)" "$(pinned pyyaml)" "$(pinned tokenizers)" "$(pinned safetensors)" \
-        "$(pinned tqdm)" "$(pinned psutil)" "$(pinned pyarrow)" "$(pinned regex)" "$(pinned matplotlib)" \
-        annotated-types typing-inspection typing-extensions einops msgpack packaging py-cpuinfo ninja huggingface_hub
-      "$PYTHON" -m pip download --quiet --only-binary=:all: --python-version "$target" --implementation cp \
-        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$folder" "$(pinned pydantic)"
-      build hjson ;;
+    deepspeed) build "$(pinned deepspeed)" ;;
+    needed) complete "$folder" ;;
     liger) fetch "$folder" liger-kernel==0.8.5 ;;
-    transformers) fetch "$folder" "$(pinned transformers)" filelock fsspec hf-xet httpx httpcore anyio idna h11 certifi typer ;;
-    sonic) fetch "$folder/sonic-moe" sonic-moe==0.1.2.post1 quack-kernels==0.3.11 nvidia-cutlass-dsl==4.4.2 \
-      nvidia-cutlass-dsl-libs-base==4.4.2 nvidia-cutlass-dsl-libs-cu13==4.4.2 'apache-tvm-ffi<0.2' torch-c-dlpack-ext ;;
-    flash) fetch "$folder/flash-attn-4" --pre flash-attn-4==4.0.0b36 'nvidia-cutlass-dsl>=4.6.2' \
-      'nvidia-cutlass-dsl-libs-cu13>=4.6.2' 'quack-kernels>=0.5.3' apache-tvm-ffi torch-c-dlpack-ext einops ;;
-    *) echo "wheelhouse.sh: there is no group $1" >&2; exit 2 ;;
+    transformers) fetch "$folder" transformers && complete "$folder" ;;
+    sonic)
+      fetch "$folder/sonic-moe" sonic-moe==0.1.2.post1 quack-kernels==0.3.11 nvidia-cutlass-dsl-libs-cu13==4.4.2
+      complete "$folder/sonic-moe" ;;
+    flash)
+      fetch "$folder/flash-attn-4" flash-attn-4==4.0.0b36 'nvidia-cutlass-dsl>=4.6.2' 'nvidia-cutlass-dsl-libs-cu13>=4.6.2'
+      complete "$folder/flash-attn-4" ;;
   esac
 }
 
 missing=
 for name in $groups; do
   echo "--- $name"
-  # In a process of its own: set -e is off in a function that is asked for its success.
-  (group "$name") || { [ $? -ne 2 ] || exit 2; missing="$missing $name"; echo "--- $name could not be had"; }
+  # In a process of its own, and not asked for its success by || or if, which would switch set -e off in there.
+  set +e
+  (set -e; group "$name")
+  code=$?
+  set -e
+  [ $code -eq 0 ] || { missing="$missing $name"; echo "--- $name could not be had"; }
 done
 
 cat >"$folder/install.sh" <<'INSTALL'
@@ -91,7 +109,7 @@ INSTALL
 chmod +x "$folder/install.sh"
 (cd "$folder" && find . -name '*.whl' | sort | xargs -r sha256sum >SHA256SUMS)
 if [ -n "$limit" ]; then
-  PYTHONPATH=$here "$PYTHON" -m bench.wheels --limit "$limit" "$folder"
+  PYTHONPATH=$here "$PYTHON" -m bench.wheels fit --limit "$limit" "$folder"
 fi
 echo "$folder: $(find "$folder" -type f | wc -l) files, $(du -sh "$folder" | cut -f1); install.sh installs them"
 [ -z "$missing" ] || { echo "not in the folder:$missing" >&2; exit 1; }

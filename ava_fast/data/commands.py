@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ava_fast.errors import UserError
+from ava_fast.errors import Interrupted, UserError
 from ava_fast.settings import FiltersConfig
 
 
@@ -89,23 +91,33 @@ def _filters(options: argparse.Namespace) -> FiltersConfig:
         raise UserError(f"{option}: {detail['input']} cannot be: {detail['msg'].lower()}") from None
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C says that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on from here") from None
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from ava_fast.data.prepare import prepare
     from ava_fast.data.shards import read_index
 
     if options.processes is not None and options.processes < 1:
         raise UserError(f"--processes: {options.processes} is too few; give at least 1")
-    folder = prepare(
-        options.data_dir,
-        options.output,
-        vocab_size=options.vocab_size,
-        tokenizer_name=options.tokenizer,
-        validation_fraction=options.validation_fraction,
-        text_column=options.text_column,
-        filters=_filters(options),
-        max_loss=options.max_loss,
-        processes=options.processes,
-    )
+    with _resumable():
+        folder = prepare(
+            options.data_dir,
+            options.output,
+            vocab_size=options.vocab_size,
+            tokenizer_name=options.tokenizer,
+            validation_fraction=options.validation_fraction,
+            text_column=options.text_column,
+            filters=_filters(options),
+            max_loss=options.max_loss,
+            processes=options.processes,
+        )
     for line in summary(folder):
         print(line)
     index = read_index(folder)
@@ -225,9 +237,15 @@ def _download(options: argparse.Namespace) -> int:
             print(line)
         print("each says so of itself: read https://huggingface.co/datasets/<repository> before you train on it")
         return 0
-    folders = download(
-        options.dataset, options.manifest, Path(options.output), options.max_files, options.text_column, options.as_is
-    )
+    with _resumable():
+        folders = download(
+            options.dataset,
+            options.manifest,
+            Path(options.output),
+            options.max_files,
+            options.text_column,
+            options.as_is,
+        )
     for folder in folders:
         record = json.loads((folder / ".download.json").read_bytes())
         page = f"https://huggingface.co/datasets/{record['repository']}"

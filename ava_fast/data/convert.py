@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ava_fast.data.apart import Apart, Died
 from ava_fast.data.corpus import File, Skipped, look
 from ava_fast.data.readers import Lost, Part, Record, divide, read
 from ava_fast.files import sync
@@ -37,10 +38,14 @@ def to_parquet(
 
     `passed` gets the bytes of the file that were read. Raises OSError where the disk refuses; nothing stays then.
     """
+    with Apart() as apart:
+        return _to_parquet(look(root, name, text_column, apart), passed, apart)
+
+
+def _to_parquet(found: File | Skipped, passed: Callable[[int], object], apart: Apart) -> Converted | str:
     import pyarrow
     import pyarrow.parquet
 
-    found = look(root, name, text_column)
     if isinstance(found, Skipped):
         return found.reason
     if found.kind == "parquet":
@@ -52,7 +57,7 @@ def to_parquet(
     group: list[str] = []
     try:
         with pyarrow.parquet.ParquetWriter(part, schema, compression="zstd") as writer:
-            for item in _records(found, passed):
+            for item in _records(found, passed, apart):
                 if isinstance(item, Lost):
                     place = " ".join(f"{key} {value}" for key, value in item.where.items())
                     return f"{place} {item.reason}".strip()
@@ -68,17 +73,19 @@ def to_parquet(
             while block := file.read(1 << 20):
                 digest.update(block)
         part.replace(target)
+    except Died as error:
+        return str(error)
     finally:
         part.unlink(missing_ok=True)
-    return Converted(f"{name}.parquet", rows, target.stat().st_size, digest.hexdigest())
+    return Converted(f"{found.name}.parquet", rows, target.stat().st_size, digest.hexdigest())
 
 
-def _records(file: File, passed: Callable[[int], object]) -> Iterator[Record | Lost]:
+def _records(file: File, passed: Callable[[int], object], apart: Apart) -> Iterator[Record | Lost]:
     """All records, and what is lost. A record without text is neither."""
     at = 0
     for start, stop in divide(file.kind, file.path, file.size, file.compression, file.encoding):
         part = Part(file.kind, start, stop, file.column, file.compression, file.encoding)
-        for item in read(file.path, part):
+        for item in apart.each(read, file.path, part) if file.by_pyarrow else read(file.path, part):
             if isinstance(item, Record) or (isinstance(item, Lost) and (item.bytes or item.records)):
                 yield item
             if isinstance(item, Record | Lost) and item.position > at:

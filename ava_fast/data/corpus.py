@@ -16,14 +16,15 @@ import os
 import platform
 import stat
 import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
-from ava_fast.data.formats import DATA_SUFFIXES, SAMPLES, Compression, Detected, Kind, detect_open
-from ava_fast.data.readers import LONGEST_TEXT
+from ava_fast.data.apart import Apart, Died
+from ava_fast.data.formats import DATA_SUFFIXES, SAMPLES, Compression, Detected, Kind, by_pyarrow, detect_open
+from ava_fast.data.readers import LONGEST_TEXT, divide
 from ava_fast.errors import UserError
 
 HASHED_BYTES = 64 << 20
@@ -67,6 +68,11 @@ class File:
     def is_one_document(self) -> bool:
         """It is plain text, short enough to stay whole."""
         return self.kind == "text" and self.compression is None and self.size <= LONGEST_TEXT
+
+    @property
+    def by_pyarrow(self) -> bool:
+        """Its reader is not Python's own."""
+        return self.kind in ("parquet", "arrow_file", "arrow_stream") or self.compression == "zstd"
 
     def read(self) -> str:
         """The text of a file that is one document. Raises UserError if it is no longer what `scan` saw."""
@@ -124,14 +130,18 @@ def scan(data_dir: str | Path | None, text_column: str | None = None, progress: 
             raise UserError(f"data.data_dir: '{data_dir}' {problem}")
         names, skipped = _walk(root)
         source = str(root.resolve())
+    from tqdm import tqdm  # the workers, who import this module too, start sooner without
+
     files = []
     # None: only on a terminal
-    for name in tqdm(names, "looking at files", unit=" files", delay=2, disable=None if progress else True):
-        found = look(root, name, text_column)
-        if isinstance(found, Skipped):
-            skipped.append(found)
-        else:
-            files.append(found)
+    bar = tqdm(names, "looking at files", unit=" files", delay=2, disable=None if progress else True)
+    with Apart() as apart:
+        for name in bar:
+            found = look(root, name, text_column, apart)
+            if isinstance(found, Skipped):
+                skipped.append(found)
+            else:
+                files.append(found)
     skipped.sort(key=lambda item: item.path)
     if not files:
         seen = f"skipped {len(skipped)}, such as {skipped[0].path}: {skipped[0].reason}" if skipped else "it is empty"
@@ -139,8 +149,8 @@ def scan(data_dir: str | Path | None, text_column: str | None = None, progress: 
     return Corpus(source, files, skipped)
 
 
-def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
-    """What one file is."""
+def look(root: Path, name: str, text_column: str | None, apart: Apart | None = None) -> File | Skipped:
+    """What one file is. With `apart`, one that pyarrow has to read is looked at there."""
     path = root / name
     try:
         status = path.stat()
@@ -149,14 +159,21 @@ def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
         with path.open("rb") as file:
             # A small file is read once, for its kind, its hash and whether all of it is text.
             data = file.read() if status.st_size <= LONGEST_TEXT else None
+            if apart is not None and by_pyarrow((file.peek(1) if data is None else data)[:12]):
+                try:
+                    (answer,) = apart.each(_look_and_divide, root, name, text_column)
+                except Died as error:
+                    return Skipped(name, str(error), lost=status.st_size)
+                return answer
             content: BinaryIO = file if data is None else io.BytesIO(data)
-            found = detect_open(content, status.st_size, path.suffix.lower() in DATA_SUFFIXES, text_column)
+            promises_text = path.suffix.lower() in DATA_SUFFIXES
+            found = detect_open(content, status.st_size, promises_text, text_column)
             identity = hashlib.sha256(data).hexdigest() if data is not None else _identity(file, status)
     except OSError as error:
         return Skipped(name, f"cannot be read: {error.strerror}", lost=1)
     reason, damaged = found.refused, found.damaged
     if data is not None and found.compression is None and found.encoding == "utf-8-sig":
-        reason, damaged = _whole_text(data, found)
+        reason, damaged = _whole_text(data, found, promises_text)
     if reason is not None:
         return Skipped(name, reason, lost=status.st_size if damaged else 0)
     assert found.kind is not None
@@ -174,12 +191,21 @@ def look(root: Path, name: str, text_column: str | None) -> File | Skipped:
     )
 
 
-def _whole_text(data: bytes, found: Detected) -> tuple[str | None, bool]:
+def _look_and_divide(root: Path, name: str, text_column: str | None) -> Iterator[File | Skipped]:
+    """`look`, and what reads the same file next, in whatever process: where that crashes, it is to be here."""
+    found = look(root, name, text_column)
+    if isinstance(found, File):
+        with suppress(OSError, ValueError):
+            divide(found.kind, found.path, found.size, found.compression, found.encoding)
+    yield found
+
+
+def _whole_text(data: bytes, found: Detected, promises_text: bool) -> tuple[str | None, bool]:
     """Why a file that was read whole is set aside, and whether that is damage, where its samples say plain text."""
     if found.kind not in ("text", None) or (found.kind is None and "UTF-8" not in str(found.refused)):
         return found.refused, found.damaged
     if b"\0" in data:
-        return "is binary: it holds a NUL byte", found.damaged
+        return "is binary: it holds a NUL byte", promises_text
     try:
         data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

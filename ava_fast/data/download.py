@@ -50,6 +50,8 @@ class Entry(Section):
     """Patterns. None: every file of a format that is read."""
     revision: str = "main"
     license: str = "not given"
+    license_source: str | None = None
+    """Where that was read."""
     text_column: str | None = None
     """Of its records. None: `text`, or else `content`."""
 

@@ -14,13 +14,15 @@ import re
 import sys
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ava_fast.errors import UserError
-from ava_fast.settings import FiltersConfig
+
+if TYPE_CHECKING:
+    from ava_fast.settings import FiltersConfig
 
 PERMUTATIONS = 128
 NGRAM = 4

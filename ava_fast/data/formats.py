@@ -44,6 +44,7 @@ _BOMS = [  # UTF-32's first: its mark begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 ]
+_ZSTD = b"\x28\xb5\x2f\xfd"
 _LITTLE = 1 << 16
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 
@@ -129,6 +130,11 @@ def detect(path: Path, text_column: str | None = None) -> Detected:
         return detect_open(file, size, path.suffix.lower() in DATA_SUFFIXES, text_column)
 
 
+def by_pyarrow(head: bytes) -> bool:
+    """Whether a file with these first twelve bytes is read by pyarrow: Parquet, Arrow, Zstandard."""
+    return head[:4] in (b"PAR1", _ZSTD) or head[:6] == b"ARROW1" or _is_arrow_stream(head)
+
+
 def detect_open(file: BinaryIO, size: int, promises_text: bool, text_column: str | None) -> Detected:
     """The same for an open file. `promises_text`: what its name says."""
     head = file.read(SAMPLE_BYTES)
@@ -137,7 +143,7 @@ def detect_open(file: BinaryIO, size: int, promises_text: bool, text_column: str
     compression: Compression | None = None
     if head[:3] == b"\x1f\x8b\x08":
         compression = "gzip"
-    elif head[:4] == b"\x28\xb5\x2f\xfd":
+    elif head[:4] == _ZSTD:
         compression = "zstd"
     if compression is None:
         windows = _windows(file, head, size)
@@ -364,7 +370,8 @@ def _judge(
         reasons,
         compression=compression,
         refused=refused,
-        damaged=refused is not None and (promises_text or bool(counts["misencoded"])),
+        # Text in another encoding holds no NUL; a picture has lines with and lines without.
+        damaged=refused is not None and (promises_text or bool(counts["misencoded"] and not counts["binary"])),
     )
 
 

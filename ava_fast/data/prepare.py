@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ava_fast.data import pool
+from ava_fast.data.apart import Apart
 from ava_fast.data.assemble import Tally, assemble, check_loss, tally
 from ava_fast.data.corpus import Corpus, scan, split
 from ava_fast.data.filters import load_hook, near_duplicates_library
@@ -44,8 +45,8 @@ from ava_fast.errors import UserError
 from ava_fast.files import write_whole
 from ava_fast.settings import FiltersConfig
 
-PROCESS_BYTES = 32 << 20
-"""Text that makes another process worth its start; less is tokenized by this one, on every core all the same."""
+PROCESS_BYTES = 8 << 20
+"""Text that makes another process worth its start."""
 TRAINING_BYTES = 1 << 30
 """Of files, from which a tokenizer is trained; where there are more, of tasks spread evenly over them."""
 BAR_DELAY_SECONDS = 2
@@ -206,9 +207,10 @@ def _tokenize(
                     lambda task, reason: write_lost(work, plan, task, reason),
                 )
             else:
-                worker = Worker(work, plan, encoder.tokenizer, dtype, BATCH_CHARACTERS)
-                for task in missing:
-                    worker.run(task, BATCH_CHARACTERS, report)
+                with Apart() as apart:
+                    worker = Worker(work, plan, encoder.tokenizer, dtype, BATCH_CHARACTERS, apart)
+                    for task in missing:
+                        worker.run(task, report)
         except _TooMuchLost:
             pass  # the batches that are there say what
 
@@ -291,16 +293,17 @@ def training_texts(plan: Plan, validation_fraction: float, passed: Callable[[int
     if validation_fraction and len(plan.files) > 1 and all(file.is_one_document for file in plan.files):
         names = {file.name for file in split(plan.files, validation_fraction)[1]}
         heldout = {number for number, file in enumerate(plan.files) if file.name in names}
-    for task in plan.tasks[::stride]:
-        for batch in batches(plan, task, BATCH_CHARACTERS):
-            for document in batch.documents:
-                if heldout is None:
-                    is_heldout = document.unit < validation_fraction
-                else:
-                    is_heldout = document.file in heldout
-                if not is_heldout:
-                    yield document.text
-            passed(batch.read)
+    with Apart() as apart:
+        for task in plan.tasks[::stride]:
+            for batch in batches(plan, task, BATCH_CHARACTERS, apart):
+                for document in batch.documents:
+                    if heldout is None:
+                        is_heldout = document.unit < validation_fraction
+                    else:
+                        is_heldout = document.file in heldout
+                    if not is_heldout:
+                        yield document.text
+                passed(batch.read)
 
 
 def progress_bar(total: int, description: str, progress: bool, unit: str = "B") -> tqdm[NoReturn]:

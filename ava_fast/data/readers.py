@@ -240,7 +240,7 @@ def _jsonl(file: BinaryIO, part: Part) -> Iterator[Item]:
             except RecursionError:
                 yield Lost("is nested too deep", {"line": number}, position, length)
             except json.JSONDecodeError as error:
-                reason = f"is not JSON: {error.msg} at character {error.pos}"
+                reason = f"is not JSON: {error.msg.removesuffix(' at')} at character {error.pos}"
                 yield Lost(reason, {"line": number}, position, length)
             except ValueError as error:  # an integer of more than 4,300 digits
                 yield Lost(str(error)[:200], {"line": number}, position, length)

@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ava_fast.data.apart import Apart, Died
 from ava_fast.data.assemble import format_of
 from ava_fast.data.corpus import Corpus, File, Skipped, scan
 from ava_fast.data.formats import detect
@@ -91,19 +92,21 @@ def _text(corpus: Corpus, progress: bool) -> list[Check]:
     seen: dict[bytes, str] = {}
     characters = documents = 0
     # None: only on a terminal
-    for file in tqdm(corpus.files, "sampling", unit=" files", delay=2, disable=None if progress else True):
-        for record in _sample(file):
-            if isinstance(record, Lost):
-                if record.bytes or record.records:
-                    place = " ".join(f"{key} {value}" for key, value in record.where.items())
-                    faults.append(f"{file.name} {place}: {record.reason}")
-                continue
-            documents += 1
-            characters += len(record.text)
-            digest = blake2b(record.text.encode(), digest_size=16).digest()
-            if digest in seen:
-                copies.append(f"in {file.name} and {seen[digest]}")
-            seen.setdefault(digest, file.name)
+    bar = tqdm(corpus.files, "sampling", unit=" files", delay=2, disable=None if progress else True)
+    with Apart() as apart:
+        for file in bar:
+            for record in _sample_apart(file, apart):
+                if isinstance(record, Lost):
+                    if record.bytes or record.records:
+                        place = " ".join([file.name, *(f"{key} {value}" for key, value in record.where.items())])
+                        faults.append(f"{place}: {record.reason}")
+                    continue
+                documents += 1
+                characters += len(record.text)
+                digest = blake2b(record.text.encode(), digest_size=16).digest()
+                if digest in seen:
+                    copies.append(f"in {file.name} and {seen[digest]}")
+                seen.setdefault(digest, file.name)
     columns = Counter(file.column for file in corpus.files if file.column)
     where = ", ".join(f"{name!r} in {count:,} files" for name, count in columns.items())
     estimate = int(size * _text_share(corpus.files) / BYTES_PER_TOKEN)
@@ -137,6 +140,17 @@ def _text_share(files: list[File]) -> float:
     more = {"gzip": 3.0, "zstd": 3.0, None: 1.0}
     columnar = {"parquet": 2.0}
     return sum(file.size * more[file.compression] * columnar.get(file.kind, 1.0) for file in files) / max(1, total)
+
+
+def _sample_apart(file: File, apart: Apart) -> Iterator[Record | Lost]:
+    """`_sample`, in a process of its own where pyarrow reads."""
+    if not file.by_pyarrow:
+        yield from _sample(file)
+        return
+    try:
+        yield from apart.each(_sample, file)
+    except Died as error:
+        yield Lost(str(error), {}, file.size, file.size)
 
 
 def _sample(file: File) -> Iterator[Record | Lost]:

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ava_fast.data.apart import Apart, Died
 from ava_fast.data.corpus import File, unit_hash
 from ava_fast.data.encoder import WordEncoder
 from ava_fast.data.filters import PERMUTATIONS, load_hook, reject, signature
@@ -30,10 +32,14 @@ from ava_fast.data.readers import PART_BYTES, Lines, Lost, Part, Record, divide,
 from ava_fast.data.tokenizer import cut, load_tokenizer
 from ava_fast.errors import UserError
 from ava_fast.files import sync
-from ava_fast.settings import FiltersConfig
+
+if TYPE_CHECKING:  # the settings' models, which were checked before, take half of a worker's start
+    from ava_fast.settings import FiltersConfig
 
 BATCH_CHARACTERS = 4 << 20
-"""Text per batch, and per call of the tokenizer where it uses every core."""
+"""Text per batch."""
+CALL_CHARACTERS = 1 << 20
+"""Text per call of the encoder: more is slower, for the memory it takes."""
 BATCH_EVENTS = 10_000
 TABLE = np.dtype([("unit", "<f8"), ("digest", "V16"), ("tokens", "<u8"), ("bytes", "<u8"), ("file", "<u4")])
 """A document in a batch: held out where `unit` is below the fraction; the hash of its text; its lengths; its file."""
@@ -98,7 +104,8 @@ class Plan:
     def load(cls, tree: dict[str, Any]) -> Plan:
         files = [File(name, Path(path), *rest) for name, path, *rest in tree["files"]]
         tasks = [[(number, start, stop) for number, start, stop in task] for task in tree["tasks"]]
-        return cls(files, tasks, FiltersConfig(**tree["filters"]), tree["heldout_share"])
+        filters = cast("FiltersConfig", SimpleNamespace(**tree["filters"]))
+        return cls(files, tasks, filters, tree["heldout_share"])
 
 
 def make_plan(files: list[File], filters: FiltersConfig, heldout_share: float = 0.0) -> Plan:
@@ -125,15 +132,18 @@ def make_plan(files: list[File], filters: FiltersConfig, heldout_share: float = 
     return Plan(files, tasks, filters, heldout_share)
 
 
-def batches(plan: Plan, task: list[Span], characters: int) -> Iterator[Batch]:
-    """A task's documents and events, in batches that depend on nothing else; the last one is marked."""
+def batches(plan: Plan, task: list[Span], characters: int, apart: Apart | None = None) -> Iterator[Batch]:
+    """A task's documents and events, in batches that depend on nothing else; the last one is marked.
+
+    With `apart`, what pyarrow reads is read there.
+    """
     hook, _ = load_hook(plan.filters.hook)
     batch, size = Batch(), 0
     for number, start, stop in task:
         file = plan.files[number]
         _check_unchanged(file)
         before = 0 if file.kind in ("parquet", "arrow_file") else start
-        for item in _read(plan, file, start, stop):
+        for item in _read(plan, number, start, stop, apart):
             if isinstance(item, Lines):
                 batch.events.append(Event("lines", number, {"line": item.total}))
                 continue
@@ -160,15 +170,35 @@ def batches(plan: Plan, task: list[Span], characters: int) -> Iterator[Batch]:
     yield batch
 
 
-def _read(plan: Plan, file: File, start: int, stop: int) -> Iterator[Record | Lost | Lines]:
+def _read(plan: Plan, number: int, start: int, stop: int, apart: Apart | None) -> Iterator[Record | Lost | Lines]:
+    file = plan.files[number]
+    part = Part(file.kind, start, stop, file.column, file.compression, file.encoding)
     if plan.heldout_share:
         # The only document there is: its end is held out.
         text = file.read()
         edge = max(1, int(len(text) * (1 - plan.heldout_share)))
         yield Record(text[:edge], {"record": 1}, 0)
         yield Record(text[edge:], {"record": 2}, file.size)
+    elif apart is None or not file.by_pyarrow:
+        yield from read(file.path, part)
     else:
-        yield from read(file.path, Part(file.kind, start, stop, file.column, file.compression, file.encoding))
+        try:
+            yield from apart.each(read, file.path, part)
+        except Died as error:
+            yield Lost(str(error), {}, file.size, span_bytes(plan, (number, start, stop)))
+
+
+def span_bytes(plan: Plan, span: Span) -> int:
+    """How much of a file that is; of one that is divided by row groups or batches, its share of these."""
+    number, start, stop = span
+    file = plan.files[number]
+    if file.kind not in ("parquet", "arrow_file"):
+        return stop - start
+    return (
+        file.size
+        * (stop - start)
+        // sum(part[2] - part[1] for parts in plan.tasks for part in parts if part[0] == number)
+    )
 
 
 def _document(file: File, number: int, start: int, item: Record) -> Document:
@@ -222,55 +252,64 @@ def _check_unchanged(file: File) -> None:
 class Worker:
     """Computes batches of one plan into one folder."""
 
-    def __init__(self, folder: Path, plan: Plan, tokenizer: Tokenizer, dtype: str, characters: int = BATCH_CHARACTERS):
-        self._folder, self._plan, self._encoder = folder, plan, WordEncoder(tokenizer)
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        dtype: str,
+        characters: int = BATCH_CHARACTERS,
+        apart: Apart | None = None,
+    ):
+        self._folder, self._plan, self._encoder, self._apart = folder, plan, WordEncoder(tokenizer), apart
         self._dtype, self._characters = np.dtype(dtype).newbyteorder("<"), characters
 
-    def run(self, task: int, call_characters: int, report: Callable[[dict[str, Any]], None]) -> None:
+    def run(self, task: int, report: Callable[[dict[str, Any]], None]) -> None:
         """Completes a task: batches that are there already are read again but not computed."""
-        for number, batch in enumerate(batches(self._plan, self._plan.tasks[task], self._characters)):
+        found = batches(self._plan, self._plan.tasks[task], self._characters, self._apart)
+        for number, batch in enumerate(found):
             path = batch_path(self._folder, task, number, batch.last)
             tokens = 0
             if not path.exists():
-                tokens = self._save(path, batch, call_characters)
+                tokens = self._save(path, batch)
             lost = [event for event in batch.events if event.kind == "lost"]
             report({
                 "read": batch.read, "tokens": tokens, "lost": sum(event.bytes for event in lost), "last": batch.last
             })  # fmt: skip
 
-    def _save(self, path: Path, batch: Batch, call_characters: int) -> int:
+    def _save(self, path: Path, batch: Batch) -> int:
         table = np.zeros(len(batch.documents), TABLE)
-        tokens: list[npt.NDArray[Any]] = []
         for number, document in enumerate(batch.documents):
             size = len(document.text.encode())
             table[number] = (document.unit, document.digest, 0, size, document.file)
-        for number, ids in self._encode(batch.documents, call_characters):
-            table["tokens"][number] += len(ids)
-            tokens.append(np.array(ids, self._dtype))
-        arrays = {"table": table, "tokens": np.concatenate(tokens) if tokens else np.zeros(0, self._dtype)}
+        tokens = [np.zeros(0, self._dtype)]
+        for numbers, ids, counts in self._encode(batch.documents):
+            np.add.at(table["tokens"], numbers, counts.astype(np.uint64))
+            tokens.append(ids.astype(self._dtype))
+        arrays = {"table": table, "tokens": np.concatenate(tokens)}
         if self._plan.filters.near_duplicates is not None:
             signatures = [signature(document.text) for document in batch.documents]
             arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS)
         save_batch(path, batch.events, arrays)
         return len(arrays["tokens"])
 
-    def _encode(self, documents: list[Document], call_characters: int) -> Iterator[tuple[int, list[int]]]:
-        """(document, tokens of its next piece), in order."""
-        pieces: list[tuple[int, str]] = []
+    def _encode(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.uint32], npt.NDArray[np.int64]]]:
+        """(document of each next piece, the tokens of these pieces, how many of them are each piece's), in order."""
+        numbers: list[int] = []
+        pieces: list[str] = []
         size = 0
-
-        def encode() -> Iterator[tuple[int, list[int]]]:
-            ids = self._encoder([text for _, text in pieces])
-            return ((number, tokens) for (number, _), tokens in zip(pieces, ids, strict=True))
-
         for number, document in enumerate(documents):
             for piece in cut(document.text):
-                pieces.append((number, piece))
+                numbers.append(number)
+                pieces.append(piece)
                 size += len(piece)
-                if size >= call_characters:
-                    yield from encode()
-                    pieces, size = [], 0
-        yield from encode()
+                if size >= CALL_CHARACTERS:
+                    yield numbers, *self._encoder(pieces)
+                    numbers, pieces, size = [], [], 0
+        if pieces:
+            yield numbers, *self._encoder(pieces)
 
 
 def batch_path(folder: Path, task: int, number: int, last: bool) -> Path:
@@ -312,16 +351,8 @@ def write_lost(folder: Path, plan: Plan, task: int, reason: str) -> None:
     while batch_path(folder, task, number, False).exists():
         number += 1
     events = []
-    for file_number, start, stop in plan.tasks[task]:
-        file = plan.files[file_number]
-        size = stop - start
-        if file.kind in ("parquet", "arrow_file"):  # of as many row groups, or batches
-            size = (
-                file.size
-                * size
-                // sum(part[2] - part[1] for parts in plan.tasks for part in parts if part[0] == file_number)
-            )
-        events.append(Event("lost", file_number, {}, reason, size, 1))
+    for span in plan.tasks[task]:
+        events.append(Event("lost", span[0], {}, reason, span_bytes(plan, span), 1))
     save_batch(batch_path(folder, task, number, True), events, {})
 
 
@@ -338,7 +369,7 @@ def main() -> None:
 
     for line in sys.stdin:
         try:
-            worker.run(int(line), tree["batch_characters"] // 4, report)
+            worker.run(int(line), report)
         except UserError as error:
             report({"error": str(error)})
         except BrokenPipeError:  # nobody will use what is left of the task

@@ -87,14 +87,32 @@ def test_ceilings_of_a_cpu(tmp_path, monkeypatch, capsys):
     assert found["copy"]["gb_per_second"] == pytest.approx(2**21 / found["copy"]["median_ms"] / 1e6)
 
 
+def attention_row(S: int, ours: float, peer: float) -> dict:
+    """As bench.attention writes it; `peer` is as fast forward, and the one that counts backward."""
+    size = {"B": 1, "S": S, "H_q": 16, "H_kv": 4, "D": 64, "mask": "causal"}
+    times = {"ours, triton": (1.0, ours), "separate, triton": (0.1, 0.1), "cuDNN": (1.0, peer)}
+    contenders = {
+        name: {"forward": {"median_ms": forward}, "backward": {"median_ms": backward}}
+        for name, (forward, backward) in times.items()
+    }
+    return {"size": size, "contenders": contenders}
+
+
 def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(tmp_path, monkeypatch):
-    """Checks come before everything; tuning only where the experts are behind; what is left over goes on."""
+    """Checks come before everything; tuning only where experts or attention are behind; what is left over goes on."""
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     rows = [
         {"size": [8, 4, 2, 1, 1], "ratios": {"grouped_mm": {"forward": {"median": 1.6}, "backward": {"median": 1.6}}}},
         {"size": [16, 4, 2, 1, 1], "ratios": {"liger": {"forward": {"median": 1.6}, "backward": {"median": 1.2}}}},
     ]
     (tmp_path / "experts_cuda.json").write_text(json.dumps({"sizes": rows}))
+    rows = [
+        attention_row(4096, ours=1.0, peer=1.1),
+        attention_row(2048, ours=1.0, peer=0.98),
+        attention_row(8192, ours=1.0, peer=0.98),  # at this length peers may be ahead by a tenth
+        attention_row(16384, ours=1.0, peer=0.8),
+    ]
+    (tmp_path / "attention_cuda.json").write_text(json.dumps({"sizes": rows}))
     session = gpu.Session("cuda", time.monotonic() + 1000, tmp_path)
     done = []
     monkeypatch.setattr(session, "build_extension", lambda: None)
@@ -110,9 +128,14 @@ def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(
     monkeypatch.setattr(session, "step", step)
     assert session.run() == 1
     after = ["ceilings", "experts", "attention", "routing", "gradients", "rotary", "loss"]
-    assert [name for name in done if "check" not in name] == [*after, "tuning", "experts, tuned", "training step"]
+    tuned = ["experts' tiles", "experts, tuned", "attention's tiles", "attention, tuned"]
+    assert [name for name in done if "check" not in name] == [*after, *tuned, "training step"]
     assert "check" not in " ".join(done[done.index("ceilings") :])
-    assert commands["tuning"][-2:] == ["--shapes", "16,4,2,1,1"]
+    assert commands["experts' tiles"][-2:] == ["--shapes", "16,4,2,1,1"]
+    shapes = ["1,2048,16,4,64,causal", "1,16384,16,4,64,causal"]
+    assert commands["attention's tiles"][1:3] == ["bench.tune", "attention"]
+    assert commands["attention's tiles"][-3:] == ["--shapes", *shapes]
+    assert commands["attention, tuned"][-4:] == ["--size", shapes[0], "--size", shapes[1]]
     assert commands["experts, tuned"][-2:] == ["--size", "16,4,2,1,1"]
     assert limits[-1] == pytest.approx(1020, abs=20)  # nobody used any time
     (tmp_path / "experts_cuda.json").unlink()
@@ -131,4 +154,4 @@ def test_the_steps_are_commands_that_work(tmp_path, monkeypatch, small_and_seede
         rows = figures.read(path).rows
         assert {row.contender for row in rows} >= {"ours"}
         assert all(row.bytes for row in rows)
-    assert session.arguments("tuning", True) is None
+    assert session.arguments("attention's tiles", True) is None

@@ -125,6 +125,24 @@ def test_a_planted_loop_is_counted(tmp_path):
     assert len(before) == 2
 
 
+@needs_valgrind
+def test_a_planted_pass_of_the_loader_is_counted(tmp_path):
+    """Rows that are read twice, beside the recorded count; where that is of other tools, beside one taken here."""
+    for folder in ("ava_fast", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    batches = tmp_path / "ava_fast" / "data" / "batches.py"
+    reading = "self.sources[source].read([share[row][1] for row in rows])"
+    assert reading in batches.read_text()
+    batches.write_text(batches.read_text().replace(reading, f"{reading}\n            {reading}"))
+    recorded = json.loads((guard.BASELINES / "instructions.json").read_text())["groups"]["loader"]
+    tools = instructions.GROUPS["loader"].tools()
+    same = all(recorded[tool] == version for tool, version in tools.items())
+    before = recorded["counts"] if same else instructions.count_loader()
+    _, faults = guard.instruction_faults(instructions.count_loader(tmp_path), before)
+    (fault,) = faults
+    assert fault.startswith("loader, a batch: +")
+
+
 def test_two_percent_more_instructions_are_allowed_and_no_more():
     assert guard.instruction_faults({"a": 102, "b": 50}, {"a": 100, "b": 100})[1] == []
     assert guard.instruction_faults({"a": 103}, {"a": 100})[1] == ["a: +3.0% instructions, +2% is allowed"]

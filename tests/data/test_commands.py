@@ -194,3 +194,32 @@ def test_a_configuration_chooses_column_filters_and_loss(tmp_path: Path) -> None
     assert index.train.documents + index.validation.documents == 60
     assert index.rejected == {"shorter than 20 characters": 1}
     assert load_tokenizer(folder)
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b"):
+        (texts / f"{name}.jsonl").write_bytes(jsonl(range(ord(name) * 100, ord(name) * 100 + 50)))
+    (tmp_path / "hasty.py").write_text(
+        "import os, pathlib, signal\n"
+        f"once = pathlib.Path({str(tmp_path / 'once')!r})\n"
+        "def hook(text):\n"
+        "    if 'document 9820 ' in text and not once.exists():\n"
+        "        once.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--data-dir", str(texts), "--output", str(tmp_path / "out"), "--vocab-size", "300"]
+    train_tokenizer([text(1)], 300).save(str(tmp_path / "tokenizer.json"))
+    arguments += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--hook", "hasty:hook"]
+    code, out, err = run(capsys, "prepare", *arguments)
+    assert (code, out, err) == (75, "", "interrupted; the same command goes on from here\n")
+    (work,) = (tmp_path / "out").iterdir()
+    finished = {path: path.stat().st_ino for path in work.glob("*.npz")}
+    assert finished, "the first file"
+    code, out, _ = run(capsys, "prepare", *arguments)
+    assert code == 0
+    assert "2 jsonl  100 " in out

@@ -74,6 +74,21 @@ def test_what_is_not_text_is_listed_with_its_reason(tmp_path: Path) -> None:
     ]
 
 
+def test_binary_data_are_no_loss_and_damaged_text_is(tmp_path: Path) -> None:
+    lines = b"\xe9\xe8 noise\n" * 30
+    write(
+        tmp_path,
+        {
+            "good.txt": b"text",
+            "seldom_nul": lines + b"\0" + lines,
+            "latin1": lines,
+            "nul.txt": b"a line\n" * 99 + b"\0",
+        },
+    )
+    lost = {item.path: bool(item.lost) for item in scan(tmp_path).skipped}
+    assert lost == {"seldom_nul": False, "latin1": True, "nul.txt": True}
+
+
 @pytest.mark.parametrize(
     ("files", "given", "message"),
     [

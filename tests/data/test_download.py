@@ -330,6 +330,7 @@ def test_the_curated_list_is_well_formed() -> None:
     entries = read_manifest(CURATED)
     assert len(entries) >= 8
     assert all(entry.license != "not given" for entry in entries)
+    assert all(str(entry.license_source).startswith("https://") for entry in entries)
     assert len({entry.repository for entry in entries}) == len(entries)
 
 

@@ -128,6 +128,8 @@ def test_a_json_array_of_long_records_is_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "damaged"), [("x.jsonl", True), ("x.png", False)])
 def test_only_what_promised_text_counts_as_a_loss(tmp_path: Path, name: str, damaged: bool) -> None:
     assert look(tmp_path, b"\0" * 5000, name).damaged is damaged
+    photo = b"".join(b"\xff\xd8%c\n" % (n % 5) for n in range(500))  # some lines hold a NUL, none is UTF-8
+    assert look(tmp_path, photo, name).damaged is damaged
 
 
 JSON_PIECES = [b"[", b"{", b"}", b"]", b'"text"', b":", b",", b"\n", b'"a"', b"1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -15,12 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import WORDS, jsonl, text, write_all
+from samples import WORDS, arrow, jsonl, parquet, text, write_all
 
+import ava_fast.data.convert as convert_module
+import ava_fast.data.corpus as corpus_module
 import ava_fast.data.pool as pool_module
 import ava_fast.data.prepare as prepare_module
 import ava_fast.data.readers as readers_module
+import ava_fast.data.validate as validate_module
 import ava_fast.data.work as work_module
+from ava_fast.data.corpus import scan
 from ava_fast.data.prepare import prepare
 from ava_fast.data.shards import DOCUMENT, TokenStream, read_index
 from ava_fast.data.tokenizer import load_tokenizer, train_tokenizer
@@ -341,3 +346,52 @@ def test_a_hundred_thousand_small_files(memory_folder: Path, tokenizer: Path) ->
     assert index.train.documents + index.validation.documents == 100_000
     assert len(index.sources) == 100
     assert all(source.documents == 1000 for source in index.sources)
+
+
+def test_commands_that_read_in_their_own_process_survive_a_file_that_kills_its_reader(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        (source / f"{name}.parquet").write_bytes(parquet(range(ord(name) * 100, ord(name) * 100 + 50)))
+    (tmp_path / "deadly_read.py").write_text(
+        "import os\n"
+        "from ava_fast.data import corpus, readers, validate\n"
+        "def read(path, part):\n"
+        "    for number, item in enumerate(readers.read(path, part)):\n"
+        "        if path.name == 'b.parquet' and number == 20:\n"
+        "            os.kill(os.getpid(), 11)\n"
+        "        yield item\n"
+        "def sample(file):\n"
+        "    yield from read(file.path, readers.Part(file.kind, 0, 1, file.column))\n"
+        "def look(root, name, column):\n"
+        "    if name == 'b.parquet':\n"
+        "        os.kill(os.getpid(), 11)\n"
+        "    yield corpus.look(root, name, column)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    deadly = importlib.import_module("deadly_read")
+    monkeypatch.setattr(work_module, "read", deadly.read)
+    monkeypatch.setattr(validate_module, "_sample", deadly.sample)
+    (samples,) = [check for check in validate_module.validate(source) if check.name == "samples"]
+    assert samples.values == {
+        "documents": 100,
+        "unreadable": 1,
+        "first": ["b.parquet: its reader died (exit code -11)"],
+    }
+    folder = make(source, tmp_path / "out", tokenizer, processes=1, max_loss=0.5)
+    (entry,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert entry == {"path": "b.parquet", "reason": "its reader died (exit code -11)"}
+    plan = work_module.make_plan(scan(source).files, FiltersConfig())
+    assert len(list(prepare_module.training_texts(plan, 0.0, lambda size: None))) == 100
+    monkeypatch.setattr(convert_module, "read", deadly.read)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "b.parquet").write_bytes(arrow(range(50)))
+    assert convert_module.to_parquet(hub, "b.parquet") == "its reader died (exit code -11)"
+    assert os.listdir(hub) == ["b.parquet"]
+    monkeypatch.setattr(corpus_module, "_look_and_divide", deadly.look)
+    (skipped,) = scan(source).skipped
+    assert (skipped.path, skipped.reason) == ("b.parquet", "its reader died (exit code -11)")
+    assert skipped.lost == (source / "b.parquet").stat().st_size

@@ -275,6 +275,33 @@ def test_batches_that_were_read_ahead_are_page_locked() -> None:
         assert all(tensor.is_pinned() for _ in range(3) for tensor in loader.next_batch())
 
 
+@pytest.mark.parametrize(("cuda", "prefetch", "pinned"), [(True, 2, 3), (True, 0, 0), (False, 2, 0)])
+def test_each_tensor_is_asked_to_be_page_locked_by_the_thread_that_reads_ahead(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, prefetch: int, pinned: int
+) -> None:
+    asked: list[str] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(threading.current_thread().name)
+        return tensor.clone()
+
+    devices: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda n: devices.append((threading.current_thread().name, n)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with shards([[number] * 9 for number in range(40)]) as folder:
+        loader = TokenLoader(folder, max_length=4, batch_size=4, seed=2, document_attention=True, prefetch=prefetch)
+        plain = TokenLoader(folder, max_length=4, batch_size=4, seed=2, document_attention=True)
+        assert all(map(torch.equal, loader.next_batch(), plain.next_batch()))
+        loader.close()
+    assert len(asked) >= pinned
+    assert len(asked) % 3 == 0, "tokens, targets and offsets"
+    assert bool(asked) == bool(pinned)
+    assert all(name.startswith("batches") for name in asked)
+    assert devices == ([(asked[0], 5)] if pinned else []), "on the rank's own device"
+
+
 def test_the_reading_thread_ends_with_its_loader() -> None:
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]

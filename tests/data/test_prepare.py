@@ -43,6 +43,7 @@ def test_the_shards_decode_to_the_documents(
     if characters is not None:  # documents of many pieces, many batches of pieces, many tasks
         monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", characters)
         monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 3 * characters)
+        monkeypatch.setattr(work_module, "CALL_CHARACTERS", 2 * characters)
         monkeypatch.setattr(work_module, "PART_BYTES", 5 * characters)
     (texts / "image.png").write_bytes(b"\x89PNG\0")
     with caplog.at_level(logging.WARNING):

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ava_kernels.experts import reference, tiles
+from ava_kernels import tiles
+from ava_kernels.experts import reference
+from ava_kernels.experts.tiles import KERNELS
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tile: list[int]) -> None:
     entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd", ", unaligned")}
-    (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(tiles.KERNELS, entries)}))
+    (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(KERNELS, entries)}))
     monkeypatch.setenv("AVA_KERNELS_CACHE", str(folder))
     forget_tiles()
 

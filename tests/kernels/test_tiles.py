@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
-from ava_kernels.experts import tiles
-from ava_kernels.experts.tiles import Tile, tile_for
+from ava_kernels import tiles
+from ava_kernels.attention import tiles as attention
+from ava_kernels.experts.tiles import KERNELS, Tile, tile_for
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +35,14 @@ def test_the_shipped_table_has_a_tile_for_every_kernel_dtype_and_generation(monk
     for generation in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(tiles, "NEWEST", generation)
         tiles.capability.cache_clear()
-        for kernel in tiles.KERNELS:
+        for kernel in KERNELS:
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 for M, I in ((2048, 1024), (1000, 504), (1001, 3)):
                     found = tile(kernel, dtype, M=M, I=I)
                     assert all(size & (size - 1) == 0 and size >= 16 for size in found[:3])
+        for kernel, dtype, D in itertools.product(attention.KERNELS, (torch.float32, torch.float16), (1, 40, 128, 256)):
+            found = attention.tile_for(kernel, torch.empty(0, D, dtype=dtype), -1, 0)
+            assert all(size & (size - 1) == 0 and size >= 16 for size in found[:2])
 
 
 def test_a_newer_generation_goes_before_an_older_one(monkeypatch):
@@ -60,6 +65,26 @@ def test_ones_own_file_goes_first_and_a_pinned_problem_before_all_others(tmp_pat
     assert tile("rows") != Tile(*general)  # the table's
     own(tmp_path, {})
     assert tile() == shipped
+
+
+def test_attention_has_tiles_by_head_and_mask(tmp_path):
+    def tile(kernel, D, window, dtype=torch.bfloat16):
+        return attention.tile_for(kernel, torch.empty(0, D, dtype=dtype), *window)
+
+    causal, full, windowed = (-1, 0), (-1, -1), (64, 0)
+    shipped = tile("keys", 128, causal)
+    every, masked, wide = [16, 16, 4, 1], [32, 16, 4, 1], [16, 32, 4, 1]
+    own(
+        tmp_path,
+        {"sm_90": {"keys": {"16 bit, 128": every, "16 bit, 128, causal": masked, "16 bit, 256, window": wide}}},
+    )
+    assert tile("keys", 100, causal) == attention.Tile(*masked)
+    assert tile("keys", 100, full) == tile("keys", 65, windowed, torch.float16) == attention.Tile(*every)
+    assert tile("keys", 200, windowed) == attention.Tile(*wide)
+    assert tile("keys", 128, causal, torch.float32) not in (attention.Tile(*every), attention.Tile(*masked))
+    assert tile("queries", 128, causal) != attention.Tile(*masked)  # the table's
+    own(tmp_path, {})
+    assert tile("keys", 128, causal) == shipped
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"sm_90": {"up": {"16 bit": [1, 2]}}}', '{"sm_90": {"up": 3}}'])

@@ -1,5 +1,5 @@
-"""A run whose process may take only so much more memory than it has when training begins, until its first step is taken:
-`limited_run.py MIB …`."""
+"""A run whose process may take only so much more memory than it has when training begins, until its first step has
+been taken: `limited_run.py MIB …`."""
 
 import os
 import resource

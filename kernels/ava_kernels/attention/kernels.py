@@ -28,30 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ava_kernels.attention.tiles import Tile, tile_for
 from ava_kernels.rotary import kernels as rotary
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-class Tile(NamedTuple):
-    BM: int  # queries
-    BN: int  # keys
-    warps: int
-    stages: int
-
-
-# By bytes of an element and elements of a head, padded: forward, `_keys` (BM is what it loops over), `_queries`.
-# Reasoned, so that nothing spills on sm_90 (`python -m bench.sm90`; float32 at 256 does); not measured on a GPU yet.
-TILES = {
-    (2, 32): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    (2, 64): (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
-    (2, 128): (Tile(128, 64, 8, 2), Tile(32, 128, 8, 3), Tile(128, 64, 8, 2)),
-    (2, 256): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),
-    (4, 32): (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (4, 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
-    (4, 128): (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
-    (4, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-}
 
 
 class Shape(NamedTuple):
@@ -92,7 +72,7 @@ def forward(
         turned_k = k.new_empty(k.shape)
         rotary.rotate(k, cos, sin, position, shape.interleaved, False, turned_k)
     turned_q = q.new_empty(q.shape if keep and cos is not None else 0)
-    tile = _tiles(q)[0]
+    tile = tile_for("forward", q, shape.left, shape.right)
     documents = B if cu_q is None else len(cu_q) - 1
     blocks = triton.cdiv(shape.max_q, tile.BM)
     if blocks and documents:
@@ -156,14 +136,15 @@ def backward(
         lse, dot, *table, *_table_strides(*table), position, 0 if position is None else position.stride(0), cu_q, cu_k,
     )  # fmt: skip
     sizes = S_q, S_k, H_q, H_q // H_kv
-    _, tile_keys, tile_queries = _tiles(q)
-    blocks = triton.cdiv(shape.max_k, tile_keys.BN)
+    tile = tile_for("keys", q, shape.left, shape.right)
+    blocks = triton.cdiv(shape.max_k, tile.BN)
     if blocks and documents:
-        constants = _constants(q, table[0], shape, tile_keys)
+        constants = _constants(q, table[0], shape, tile)
         _keys[(blocks * documents * H_kv,)](*common, dk, dv, blocks, *sizes, **constants)
-    blocks = triton.cdiv(shape.max_q, tile_queries.BM)
+    tile = tile_for("queries", q, shape.left, shape.right)
+    blocks = triton.cdiv(shape.max_q, tile.BM)
     if blocks and documents:
-        constants = _constants(q, table[0], shape, tile_queries)
+        constants = _constants(q, table[0], shape, tile)
         _queries[(blocks * documents * H_q,)](*common, dq, blocks, *sizes, **constants)
     if cos is not None and sin is not None and not fused:
         for gradient in (dq, dk):
@@ -183,10 +164,6 @@ def dots(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
         out, dout, *dout.stride()[:3], dlse, dot, rows, S, H, D=D, D_PADDED=D_padded, R=R
     )  # fmt: skip
     return dot
-
-
-def _tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
-    return TILES[q.element_size(), max(32, triton.next_power_of_2(q.shape[-1]))]
 
 
 def _with_strides(x: Tensor) -> tuple[Tensor, int, int, int]:

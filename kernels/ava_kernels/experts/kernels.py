@@ -35,7 +35,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ava_kernels.experts import row_kernels
 from ava_kernels.experts.reference import GATED
-from ava_kernels.experts.tiles import Tile, capability, tile_for
+from ava_kernels.experts.tiles import Tile, tile_for
+from ava_kernels.tiles import capability
 
 PAIRS = 1024  # of a block of `_invert` and `_add_parts`
 

@@ -1,0 +1,82 @@
+"""Tables of the tiles that kernels are cut into, by device, kernel and problem.
+
+An operation that has a choice ships its table beside its kernels, as `tiles.json`:
+
+    {"sm_90": {"up": {"64×2048×1024 bfloat16": [128, 128, 64, 8, 4, 8, 1], "16 bit": …}, …}, "sm_80": …}
+
+A device takes the entries of the newest generation that is not newer than itself. How a problem is called, and what
+the numbers of a tile are, the operation's own `tiles.py` says. `python -m bench.tune` searches for better tiles on a
+GPU and keeps what it finds in one file of the same form for all operations, whose kernels have different names:
+`~/.cache/ava_kernels/tiles.json` (`AVA_KERNELS_CACHE` names another folder). It goes before the tables. Nothing is
+searched for while a model trains.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+NEWEST = (9, 0)  # what a machine without a GPU compiles for
+
+Table = dict[str, dict[str, dict[str, list[int]]]]
+
+
+@functools.cache
+def find(shipped: Path, kernel: str, generation: str, problems: tuple[str, ...], numbers: int) -> list[int]:
+    """→ the numbers of a kernel's tile for the first of `problems` that has one, on a device of this generation.
+
+    The user's file goes before the one that ships. Raises ValueError if a file is there and is no such table, or if the
+    tile has not that many numbers; RuntimeError if no table has the tile.
+    """
+    for path in (cache_file(), shipped):
+        table = _read(path)
+        generations = [name for name in table if name.startswith("sm_") and int(name[3:]) <= int(generation[3:])]
+        for name in sorted(generations, key=lambda name: int(name[3:]), reverse=True):
+            entries = table[name].get(kernel, {})
+            for problem in problems:
+                if problem in entries:
+                    if len(entries[problem]) != numbers:
+                        raise _no_table(path, f"{kernel}, {problem}: {entries[problem]} are not {numbers} numbers")
+                    return entries[problem]
+    raise RuntimeError(f"{shipped} has no tile of {kernel} for {generation} and {problems[-1]}")  # older than sm_80
+
+
+def cache_file() -> Path:
+    return Path(os.environ.get("AVA_KERNELS_CACHE") or Path.home() / ".cache" / "ava_kernels") / "tiles.json"
+
+
+def forget() -> None:
+    """Reads the tables again at the next launch."""
+    find.cache_clear()
+
+
+def _read(path: Path) -> Table:
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text())
+        for kernels in table.values():
+            for entries in kernels.values():
+                for problem, tile in entries.items():
+                    entries[problem] = [int(number) for number in tile]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _no_table(path, str(error)) from None
+    return table
+
+
+def _no_table(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: is no table of tiles ({why}); delete it, or make it anew by bench.tune")
+
+
+def generation(device: torch.device) -> str:
+    """ "sm_90" """
+    return "sm_{}{}".format(*capability(device))
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else NEWEST
