@@ -27,7 +27,7 @@ from ava_fast.model.head import CHUNK_ELEMENTS
 from ava_fast.model.transformer import Transformer
 from ava_fast.stability.room import Room, with_room
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 DEVICES = {  # GiB that the driver shows
     "RTX 4090, L4 (24 GB)": 22.5,
     "A100 (40 GB)": 39.4,
@@ -109,11 +109,13 @@ def plan(config: Config, world_size: int) -> list[str]:
     if world_size > 1 and now.zero_stage < 3:
         last = Room(recompute=True, micro_batch=1, zero_stage=3)
         ways.append((str(last), estimate(with_room(config, last), world_size)))
-    ways[1:] = sorted(ways[1:], key=lambda way: -way[1].peak)
+    less = (way for way in ways[1:] if way[1].peak < ways[0][1].peak)  # a step in passes keeps gradients between them
+    ways[1:] = sorted(less, key=lambda way: -way[1].peak)
     width = max(len(name) for name, _ in ways)
-    lines = [f"{'GiB on each of ' + str(world_size):<{width}}  states  gradients  activations  working    peak"]
+    unit, size = ("GiB", GIB) if ways[0][1].peak >= GIB else ("MiB", MIB)
+    lines = [f"{unit + ' on each of ' + str(world_size):<{width}}  states  gradients  activations  working    peak"]
     for name, found in ways:
-        states, gradients, activations, working, peak = (value / GIB for value in found)
+        states, gradients, activations, working, peak = (value / size for value in found)
         lines.append(
             f"{name:<{width}}  {states:6.2f}  {gradients:9.2f}  {activations:11.2f}  {working:7.2f}  {peak:6.2f}"
         )

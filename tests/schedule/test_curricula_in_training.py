@@ -84,7 +84,15 @@ CURRICULA = {
     ],
 }
 CYCLES, NOISE, STAGED = CURRICULA
-MODES = {"standard": ["training.mode=standard"], "fast": ["training.mode=fast"]}
+CONSTANT = ["training.lr_scheduler_type=constant", "training.warmup_type=polynomial"]
+MODES = {"standard": ["training.mode=standard", *CONSTANT], "fast": ["training.mode=fast", *CONSTANT]}
+# Losses of the first, a middle and the last step.
+GOLDEN = {
+    "stages, cycles, threshold": [5.7132356, 5.2540946, 5.1249359],
+    "linear, noise scale, order": [5.7238257, 5.2278807, 4.9858007],
+    "exponential, stages, root": [5.7084649, 5.2551651, 4.8339294],
+    "standard": [5.7262663, 5.1839662, 4.6156956],
+}
 DEBUG = ["training.mode=debug", "training.detect_anomaly=true", "deepspeed.zero_stage=0"]
 
 
@@ -208,6 +216,12 @@ def test_resumed_in_the_middle_it_goes_on_to_the_bit(name: str, seen: dict[str, 
     for kind in ("step", "rate", "evaluation"):
         assert [r for r in of(whole, kind) if r["step"] > HALF] == of(rest, kind)
     assert of(rest, "step")[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("name", [*CURRICULA, "standard"])
+def test_golden_losses(name: str, seen: dict[str, Any]) -> None:
+    losses = [record["loss"] for record in of(seen[name][0], "step")]
+    assert [losses[at] for at in (0, HALF, STEPS - 1)] == pytest.approx(GOLDEN[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [CYCLES, STAGED])

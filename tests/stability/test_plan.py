@@ -65,5 +65,12 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert any("the optimizer on the host" in way for way in ways)
     assert peaks == sorted(peaks, reverse=True)
     assert "none of these" in next(line for line in lines if line.startswith("RTX 4090"))
+    assert lines[0].startswith("GiB")
+    # A small model's in MiB; and no way that takes more than the configuration.
+    assert cli.main(["memory", "plan", "--config", config, "--world-size", "4"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("MiB on each of 4")
+    peaks = [float(line.split()[-1]) for line in lines[: lines.index("")]]
+    assert peaks[0] > max(peaks[1:]) > 0.1
     assert cli.main(["memory", "plan", "--config", config, "--world-size", "3"]) == 2
     assert "training.batch_size" in capsys.readouterr().err
