@@ -62,7 +62,7 @@ def train(config: Config, shards: str, folder: Path, resume: Path | None = None)
     dist.barrier()
     if gathered is not None:
         clock = {"seconds", "tokens_per_second"}
-        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] != "checkpoint"]
+        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] not in ("checkpoint", "utilisation")]
         seen["records"] = [{key: value for key, value in r.items() if key not in clock} for r in records]
         seen["gathered"] = biases(gathered)
     return seen
