@@ -114,9 +114,10 @@ def _memory(config: Config, world_size: int) -> str:
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         where = "available to a rank"
     if needed > free:
+        less = "set memory.offload_optimizer or " if gpu else ""  # to a host that is the device it gives nothing
         raise UserError(
             f"{parameters:,} parameters need {needed / GIB:.1f} GiB a rank before any activation, {free / GIB:.1f} GiB "
-            f"are {where}; raise deepspeed.zero_stage, add ranks, set memory.offload_optimizer or take a smaller model"
+            f"are {where}; raise deepspeed.zero_stage, add ranks, {less}choose a smaller model"
         )
     return f"{parameters:,} parameters, {needed / GIB:.2f} GiB a rank without activations, {free / GIB:.1f} GiB {where}"
 
