@@ -76,8 +76,20 @@ class Memory:
     def load(self, layout: Any) -> torch.Tensor:
         return self.data.clone()
 
-    def for_hardware(self) -> torch.Tensor:
-        """As tensor cores and TMA see it."""
+    def slice(self, first: int, size: int) -> Memory:
+        return Memory(self.data[first : first + size], self._whole)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def for_tensor_cores(self) -> torch.Tensor:
+        """As products of this group see it: another group may store the same, and reads it for itself."""
+        assert threading.get_ident() not in self._whole.unfenced, "stored to without fence_async_shared()"
+        return self.data
+
+    def for_fetching(self) -> torch.Tensor:
+        """As TMA sees it."""
         assert not self._whole.unfenced, "stored to without fence_async_shared()"
         return self.data
 
@@ -123,8 +135,8 @@ class Product:
 
 def _warpgroup_mma(a: Any, b: Memory, acc: torch.Tensor, *, use_acc: bool = True, is_async: bool = False) -> Any:
     def compute() -> torch.Tensor:
-        left = a.for_hardware() if isinstance(a, Memory) else a
-        right = b.for_hardware()
+        left = a.for_tensor_cores() if isinstance(a, Memory) else a
+        right = b.for_tensor_cores()
         assert left.dtype == right.dtype
         product = left.float() @ right.float()
         return product + acc if use_acc else product
@@ -163,7 +175,7 @@ def _fetch(descriptor: Any, place: list[Any], barrier: Barrier, target: Memory) 
     @torch.no_grad()
     def land() -> None:
         time.sleep(late)
-        target.for_hardware().copy_(tile)
+        target.for_fetching().copy_(tile)
         barrier.arrive(0, landed=descriptor.block_type.nbytes)
 
     if late:

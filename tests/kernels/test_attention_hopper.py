@@ -10,7 +10,7 @@ import torch
 from ava_kernels import rope_attention
 
 pytest.importorskip("triton")
-from ava_kernels.attention import hopper, hopper_backward
+from ava_kernels.attention import hopper, hopper_backward, hopper_forward
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "on_this_cpu")
 
@@ -40,11 +40,14 @@ def all_of(tensors, upstreams, **options):
     return [out, lse, *torch.autograd.grad(loss, tensors)]
 
 
-def assert_right(tensors, cos_sin=(), **options):
-    """Its errors against float64 are at most twice those of the definition in the same precision."""
+def assert_right(tensors, cos_sin=(), end=None, **options):
+    """Its errors against float64 are at most twice those of the definition in the same precision. Behind `end` there is
+    no document, and NaN."""
     cos, sin = cos_sin or (None, None)
-    B, S_q, H, _ = tensors[0].shape
-    upstreams = torch.randn(tensors[0].shape), torch.randn(B, H, S_q)
+    upstreams = torch.randn(tensors[0].shape), torch.randn(tensors[0].shape[:-1]).transpose(-1, -2)
+    if end is not None:
+        for t in (*tensors, upstreams[0]):
+            t.detach()[end:] = float("nan")
     ours = all_of(tensors, upstreams, cos=cos, sin=sin, backend="hopper", **options)
     same = all_of(tensors, upstreams, cos=cos, sin=sin, backend="torch", **options)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
@@ -141,16 +144,61 @@ def test_same_input_gives_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+LENGTHS = 0, 70, 1, 200, 0, 129
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (50, 0), "softcap": 20.0}])
+def test_packed_documents_are_each_alone_to_the_bit(D, options):
+    """With NaN in one of them and behind the last."""
+    T = sum(LENGTHS) + 50
+    q, k, v = (t.detach()[0] for t in inputs(T, T, (4, 2), D=D))
+    ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+    q[ends[0] : ends[1]], k[ends[0] : ends[1]], v[ends[0] : ends[1]] = (float("nan"),) * 3
+    q[ends[-1] :], k[ends[-1] :], v[ends[-1] :] = (float("nan"),) * 3
+    upstreams = torch.randn(q.shape), torch.randn(4, T)
+    upstreams[0][ends[0] : ends[1]] = float("nan")
+    cos, sin = table(T, D)
+    options = {"cos": cos, "sin": sin, "backend": "hopper", **options}
+    cu = torch.tensor([0, *ends], dtype=torch.int32)
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    out, lse, *gradients = all_of(tensors, upstreams, cu_seqlens=cu, max_seqlen=max(LENGTHS), **options)
+    for first, last in zip([0, *ends], ends, strict=False):
+        alone = [t.detach()[first:last][None].requires_grad_() for t in tensors]
+        its = upstreams[0][None, first:last], upstreams[1][None, :, first:last]
+        expected = all_of(alone, its, **options)
+        found = out[first:last], lse[:, first:last], *(t[first:last] for t in gradients)
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b[0].nan_to_num(7.0)), (name, first)
+        assert first == ends[0] or found[0].isfinite().all()
+    assert not any(t[ends[-1] :].any() for t in (out, *gradients))
+    assert lse[:, ends[-1] :].isneginf().all()
+
+
+def test_packed_documents_are_the_definition():
+    T = sum(LENGTHS)
+    cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    packed = [t.detach()[0].requires_grad_() for t in inputs(T, T, (4, 2))]
+    assert_right(packed, table(T, 64), cu_seqlens=cu, position_ids=torch.randperm(T))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("D", "part"), [(8, 8), (32, 32), (40, 16), (96, 96)])
+def test_other_heads(D, part, packed):
+    options = {"cu_seqlens": torch.tensor([0, 70, 150], dtype=torch.int32)} if packed else {}
+    tensors = inputs(150, 150, (2, 1), D=D)
+    tensors = [t.detach()[0].requires_grad_() for t in tensors] if packed else tensors
+    assert_right(tensors, table(150, D, part), **options)
+
+
 def test_what_it_does_not_take(monkeypatch):
     q, k, v = inputs(10, 10)
-    refused = "backend is 'hopper', which is for float16 and bfloat16, heads of 64 or 128, no cu_seqlens"
-    packed = [t[0] for t in (q, k, v)]
-    with pytest.raises(ValueError, match=refused):
-        rope_attention(*packed, cu_seqlens=torch.tensor([0, 10], dtype=torch.int32), backend="hopper")
+    refused = "backend is 'hopper', which is for float16 and bfloat16, heads of a multiple of 8 up to 128"
     with pytest.raises(ValueError, match=refused):
         rope_attention(q.float(), k.float(), v.float(), backend="hopper")
-    with pytest.raises(ValueError, match=refused):
-        rope_attention(*inputs(10, 10, D=80), backend="hopper")
+    for D in (36, 136):
+        with pytest.raises(ValueError, match=f"{refused}.* heads of {D}"):
+            rope_attention(*inputs(10, 10, D=D), backend="hopper")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="on cpu"):
         rope_attention(q, k, v, backend="hopper")
@@ -158,13 +206,23 @@ def test_what_it_does_not_take(monkeypatch):
 
 FAULTS = {
     "values are given back before they are read": (
-        hopper._attend,
+        hopper_forward._attend,
         "out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))\n            mbarrier.arrive(v_empty.index(last_stage))",
         "mbarrier.arrive(v_empty.index(last_stage))\n            out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))",
     ),
-    "the token is not passed on": (hopper._attend, "mbarrier.arrive(turns.index(1 - NUMBER))", "pass"),
-    "no fence behind the queries": (hopper._attend, "hopper.fence_async_shared()", "pass"),
-    "a phase that is off by one": (hopper._fetch, "k_empty.index(stage), phase ^ 1", "k_empty.index(stage), phase"),
+    "the token is not passed on": (hopper_forward._attend, "mbarrier.arrive(turns.index(1 - NUMBER))", "pass"),
+    "no fence behind the queries": (hopper_forward._attend, "hopper.fence_async_shared()", "pass"),
+    "no fence behind what is cleared": (hopper_forward._clear_behind, "hopper.fence_async_shared()", "pass"),
+    "a row of the next document": (hopper_forward._clear_behind, "row_A < end", "row_A <= end"),
+    "values that are not cleared": (
+        hopper_forward._attend,
+        "_clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)",
+        "pass",
+    ),
+    "queries that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(q_MD, len_q - m)", "pass"),
+    "gradients that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(dout_MD, len_q - m)", "pass"),
+    "keys that are not cleared": (hopper_backward._queries_of_group, "_clear_behind(k_ND, len_k - n)", "pass"),
+    "a phase that is off by one": (hopper_forward._fetch, "k_empty.index(stage), phase ^ 1", "k_empty.index(stage), phase"),
     "a product that is not waited for": (
         hopper_backward._keys_of_group,
         "hopper.warpgroup_mma_wait(0, deps=(dv_sum",
@@ -188,11 +246,14 @@ def test_faults_of_order_show(monkeypatch, fault):
     exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
     monkeypatch.setitem(names, kernel.fn.__name__, changed[kernel.fn.__name__])
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
-    tensors = inputs(600, 600)
+    tensors, options = inputs(600, 600), {}
+    if "clear" in fault or "document" in fault:
+        tensors = [t.detach()[0].requires_grad_() for t in inputs(260, 260)]
+        options = {"cu_seqlens": torch.tensor([0, 70, 140], dtype=torch.int32), "end": 140}
 
     def often_enough():
         for _ in range(20):
-            assert_right(tensors)
+            assert_right(tensors, **options)
 
     with pytest.raises(AssertionError):
         often_enough()

@@ -11,7 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ava_kernels.attention.hopper import GROUP, LOG2E, _scores, _seen, _span, fetch
+from ava_kernels.attention.hopper_forward import (
+    GROUP, LOG2E, _clear_behind, _part, _scores, _seen, _sequence, _span, fetch,
+)  # fmt: skip
 
 
 @gluon.jit
@@ -20,7 +22,7 @@ def _fetch_pairs(shared, STAGES: gl.constexpr):
     head after the other."""
     (
         own_x, own_y, x, y, own_smem, x_smem, y_smem, own_full, full, empty,
-        b, own_h, own_first, h, members, start, tiles,
+        b, own_h, own_first, h, members, first, tiles,
     ) = shared  # fmt: skip
     rows: gl.constexpr = x.block_type.shape[1]
     mbarrier.expect(own_full, 2 * own_x.block_type.nbytes + 2 * own_y.block_type.nbytes)
@@ -29,7 +31,7 @@ def _fetch_pairs(shared, STAGES: gl.constexpr):
         fetch(own_y, [b, own_first + group * GROUP, own_h, 0], own_full, own_smem.index(2 + group))
     for i in range(members * tiles):
         stage, phase = i % STAGES, i // STAGES & 1
-        row, head = start + i % tiles * rows, h + i // tiles
+        row, head = first + i % tiles * rows, h + i // tiles
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(full.index(stage), x.block_type.nbytes + y.block_type.nbytes)
         fetch(x, [b, row, head, 0], full.index(stage), x_smem.index(stage))
@@ -38,9 +40,11 @@ def _fetch_pairs(shared, STAGES: gl.constexpr):
 
 @gluon.jit
 def _turned_back(
-    x_AD, position, position_stride_b, b, first, length, cos, sin, cos_stride, sin_stride, INTERLEAVED: gl.constexpr
-):
-    """→ x (A, D) float32, all of it turned by the negative angles of the rows from `first` on."""
+    x_AD, position, position_stride_b, b, first, place, length, cos, sin, cos_stride, sin_stride,
+    INTERLEAVED: gl.constexpr,
+):  # fmt: skip
+    """→ x (A, D) float32, all of it turned by the negative angles of the rows from `place` on of the sequence that
+    begins at row `first`."""
     rows: gl.constexpr = x_AD.shape[0]
     pairs: gl.constexpr = x_AD.shape[1] // 2
     if INTERLEAVED:
@@ -48,11 +52,12 @@ def _turned_back(
     else:
         first_AP, second_AP = gl.split(gl.permute(gl.reshape(x_AD, [rows, 2, pairs]), [0, 2, 1]))
     layout: gl.constexpr = first_AP.type.layout
-    at_A = first + gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
-    there_A = at_A < length
-    position_A = at_A.to(gl.int64)
+    place_A = place + gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
+    there_A = place_A < length
+    position_A = place_A.to(gl.int64)
     if position is not None:
-        position_A = gl.load(position + b * position_stride_b + at_A, mask=there_A, other=0).to(gl.int64)
+        at_A = position + b * position_stride_b + first + place_A
+        position_A = gl.load(at_A, mask=there_A, other=0).to(gl.int64)
     pair_P = gl.arange(0, pairs, layout=gl.SliceLayout(0, layout))
     cos_AP = gl.load(cos + (position_A * cos_stride)[:, None] + pair_P[None, :], mask=there_A[:, None], other=1.0)
     sin_AP = gl.load(sin + (position_A * sin_stride)[:, None] + pair_P[None, :], mask=there_A[:, None], other=0.0)
@@ -66,37 +71,39 @@ def _turned_back(
 
 
 @gluon.jit
-def _store_rows(to, x_AD, smem, b, first, length, H, h, D: gl.constexpr):
-    """Stores x (A, D) as rows of a contiguous (B, length, H, D), through shared memory that nobody else uses."""
+def _store_rows(to, x_AD, smem, b, first, place, length, S, H, h, HEAD: gl.constexpr, D: gl.constexpr):
+    """Stores x (A, D) as rows of a contiguous (B, S, H, HEAD), through shared memory that nobody else uses: those from
+    `place` on of the sequence that begins at row `first`."""
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     smem.store(x_AD.to(to.dtype.element_ty))
-    row_A = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
+    place_A = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
     column_D = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
-    to_A = ((b * length + row_A) * H + h) * D
-    gl.store(to + to_A[:, None] + column_D[None, :], smem.load(rows), mask=(row_A < length)[:, None])
+    to_A = ((b * S + first + place_A) * H + h) * HEAD
+    part_AD = _part(place_A < length, column_D, HEAD, D)
+    gl.store(to + to_A[:, None] + column_D[None, :], smem.load(rows), mask=part_AD)
 
 
 @gluon.jit
 def _keys_of_group(
-    shared, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    BM: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
+    PACKED: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
     """What group 0 or 1 does: dk and dv of 64 keys."""
     (
         lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv,
-        own_smem, q_smem, dout_smem, own_full, full, empty, own_first, b, h, H_kv, members,
-        start, tiles, whole_start, whole_end, S_q, S_k, scale, softcap, left, right,
+        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, b, h, H_kv, members,
+        start, tiles, whole_start, whole_end, first_q, first_k, len_q, len_k, S_q, S_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     heads: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
-    first = own_first + NUMBER * GROUP
+    place = own_place + NUMBER * GROUP
     b_64, h_64 = b.to(gl.int64), h.to(gl.int64)
     k_own = own_smem.index(NUMBER).reshape([GROUP, D])
     v_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
-    n_N = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
+    n_N = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_M = gl.arange(0, BM, layout=gl.SliceLayout(0, scores))
     zero_NM = gl.zeros([GROUP, BM], gl.float32, scores)
     dk_ND = gl.zeros([GROUP, D], gl.float32, heads)
@@ -106,19 +113,23 @@ def _keys_of_group(
         stage, phase = i % STAGES, i // STAGES & 1
         m = start + i % tiles * BM
         m_M = m + tile_M
-        there_M = m_M < S_q
-        row = (b_64 * (H_kv * members) + h_64 * members + i // tiles) * S_q
+        there_M = m_M < len_q
+        row = (b_64 * (H_kv * members) + h_64 * members + i // tiles) * S_q + first_q
         lse_M = gl.load(lse + row + m_M, mask=there_M, other=0.0) * LOG2E
         q_MD = q_smem.index(stage).reshape([BM, D])
         dout_MD = dout_smem.index(stage).reshape([BM, D])
         mbarrier.wait(full.index(stage), phase)
+        if PACKED:
+            if m + BM > len_q:
+                _clear_behind(q_MD, len_q - m)
+                _clear_behind(dout_MD, len_q - m)
         product = hopper.warpgroup_mma(k_own, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
         s_NM, slope = _scores(product_NM, scale, softcap, HAS_SOFTCAP)
         p_NM = gl.exp2(s_NM - lse_M[None, :])
         if (m < whole_start) | (m + BM > whole_end):
-            seen_NM = _seen(m_M[None, :], n_N[:, None], S_q, S_k, left, right, HAS_LEFT, HAS_RIGHT)
+            seen_NM = _seen(m_M[None, :], n_N[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_NM = gl.where(seen_NM, p_NM, 0.0)
         dv_sum = hopper.warpgroup_mma(gl.convert_layout(p_NM.to(dtype), weights), dout_MD, dv_ND, is_async=True)
         dot_M = gl.load(dots + row + m_M, mask=there_M, other=0.0)  # late: registers are few
@@ -127,40 +138,40 @@ def _keys_of_group(
         dk_sum = hopper.warpgroup_mma(ds_NM, q_MD, dk_ND, is_async=True)
         dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
         mbarrier.arrive(empty.index(stage))
-    _store_rows(dv, dv_ND, v_own, b_64, first, S_k, H_kv, h_64, D)
+    _store_rows(dv, dv_ND, v_own, b_64, first_k, place, len_k, S_k, H_kv, h_64, HEAD, D)
     dk_ND = dk_ND * scale
     if TURNED > 0:
         dk_ND = _turned_back(
-            dk_ND, position, position_stride_b, b_64, first, S_k, cos, sin, cos_stride, sin_stride, INTERLEAVED
-        )
-    _store_rows(dk, dk_ND, k_own, b_64, first, S_k, H_kv, h_64, D)
+            dk_ND, position, position_stride_b, b_64, first_k, place, len_k, cos, sin, cos_stride, sin_stride, INTERLEAVED
+        )  # fmt: skip
+    _store_rows(dk, dk_ND, k_own, b_64, first_k, place, len_k, S_k, H_kv, h_64, HEAD, D)
 
 
 @gluon.jit
 def _queries_of_group(
-    shared, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
+    PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
     """What group 0 or 1 does: dq of 64 queries."""
     (
         lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq,
-        own_smem, k_smem, v_smem, own_full, full, empty, own_first, b, h, H,
-        start, tiles, whole_start, whole_end, S_q, S_k, scale, softcap, left, right,
+        own_smem, k_smem, v_smem, own_full, full, empty, own_place, b, h, H,
+        start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dq.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     heads: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
-    first = own_first + NUMBER * GROUP
+    place = own_place + NUMBER * GROUP
     b_64, h_64 = b.to(gl.int64), h.to(gl.int64)
     q_own = own_smem.index(NUMBER).reshape([GROUP, D])
     dout_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
-    m_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
+    m_M = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
-    at_M = (b_64 * H + h_64) * S_q + m_M
-    lse_M = gl.load(lse + at_M, mask=m_M < S_q, other=0.0) * LOG2E
-    dot_M = gl.load(dots + at_M, mask=m_M < S_q, other=0.0)
+    at_M = (b_64 * H + h_64) * S_q + first_q + m_M
+    lse_M = gl.load(lse + at_M, mask=m_M < len_q, other=0.0) * LOG2E
+    dot_M = gl.load(dots + at_M, mask=m_M < len_q, other=0.0)
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     dq_MD = gl.zeros([GROUP, D], gl.float32, heads)
     mbarrier.wait(own_full, 0)
@@ -170,13 +181,17 @@ def _queries_of_group(
         k_ND = k_smem.index(stage).reshape([BN, D])
         v_ND = v_smem.index(stage).reshape([BN, D])
         mbarrier.wait(full.index(stage), phase)
+        if PACKED:
+            if n + BN > len_k:
+                _clear_behind(k_ND, len_k - n)
+                _clear_behind(v_ND, len_k - n)
         product = hopper.warpgroup_mma(q_own, k_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(dout_own, v_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         product_MN = hopper.warpgroup_mma_wait(1, deps=(product,))
         s_MN, slope = _scores(product_MN, scale, softcap, HAS_SOFTCAP)
         p_MN = gl.exp2(s_MN - lse_M[:, None])
         if (n < whole_start) | (n + BN > whole_end):
-            seen_MN = _seen(m_M[:, None], (n + tile_N)[None, :], S_q, S_k, left, right, HAS_LEFT, HAS_RIGHT)
+            seen_MN = _seen(m_M[:, None], (n + tile_N)[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_MN = gl.where(seen_MN, p_MN, 0.0)
         dp_MN = hopper.warpgroup_mma_wait(0, deps=(dweight,))
         ds_MN = gl.convert_layout((p_MN * (dp_MN - dot_M[:, None]) * slope).to(dtype), weights)
@@ -186,9 +201,9 @@ def _queries_of_group(
     dq_MD = dq_MD * scale
     if TURNED > 0:
         dq_MD = _turned_back(
-            dq_MD, position, position_stride_b, b_64, first, S_q, cos, sin, cos_stride, sin_stride, INTERLEAVED
-        )
-    _store_rows(dq, dq_MD, q_own, b_64, first, S_q, H, h_64, D)
+            dq_MD, position, position_stride_b, b_64, first_q, place, len_q, cos, sin, cos_stride, sin_stride, INTERLEAVED
+        )  # fmt: skip
+    _store_rows(dq, dq_MD, q_own, b_64, first_q, place, len_q, S_q, H, h_64, HEAD, D)
 
 
 @gluon.jit
@@ -209,33 +224,35 @@ def _ring(x, y, STAGES: gl.constexpr):
 
 @gluon.jit
 def _hopper_keys(
-    k, v, q, dout, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv,
+    k, v, q, dout, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv, cu_q, cu_k,
     blocks, S_q, S_k, H_kv, members, scale, softcap, left, right,
-    D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    BM: gl.constexpr, STAGES: gl.constexpr,
+    PACKED: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     block = gl.program_id(0) % blocks  # with a causal mask the first ones take longest
-    h, b = gl.program_id(0) // blocks % H_kv, gl.program_id(0) // blocks // H_kv
-    first = block * (2 * GROUP)
+    h, number = gl.program_id(0) // blocks % H_kv, gl.program_id(0) // blocks // H_kv
+    b, first_q, len_q = _sequence(number, cu_q, S_q)
+    _, first_k, len_k = _sequence(number, cu_k, S_k)
+    place = block * (2 * GROUP)
     start, tiles, whole_start, whole_end = _span(
-        first, S_k, S_q - S_k, S_q, right, left, HAS_RIGHT, HAS_LEFT, BM
+        place, len_k, len_q - len_k, len_q, right, left, HAS_RIGHT, HAS_LEFT, BM
     )  # fmt: skip
     own_smem = gl.allocate_shared_memory(k.dtype, [4, 1, GROUP, 1, D], k.layout)
     q_smem, dout_smem, own_full, full, empty = _ring(q, dout, STAGES)
     shared = (
         lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv,
-        own_smem, q_smem, dout_smem, own_full, full, empty, first, b, h, H_kv, members,
-        start, tiles, whole_start, whole_end, S_q, S_k, scale, softcap, left, right,
+        own_smem, q_smem, dout_smem, own_full, full, empty, place, b, h, H_kv, members,
+        start, tiles, whole_start, whole_end, first_q, first_k, len_q, len_k, S_q, S_k, scale, softcap, left, right,
     )  # fmt: skip
     fetched = (
         k, v, q, dout, own_smem, q_smem, dout_smem, own_full, full, empty,
-        b, h, first, h * members, members, start, tiles,
+        b, h, first_k + place, h * members, members, first_q + start, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_keys_of_group, (shared, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BM, STAGES, 0)),
-            (_keys_of_group, (shared, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BM, STAGES, 1)),
+            (_keys_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 0)),
+            (_keys_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1)),
             (_fetch_pairs, (fetched, STAGES)),
         ],
         [4, 1],
@@ -245,32 +262,36 @@ def _hopper_keys(
 
 @gluon.jit
 def _hopper_queries(
-    q, dout, k, v, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq,
+    q, dout, k, v, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq, cu_q, cu_k,
     blocks, S_q, S_k, H, members, scale, softcap, left, right,
-    D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr,
+    PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     block = blocks - 1 - gl.program_id(0) % blocks
-    h, b = gl.program_id(0) // blocks % H, gl.program_id(0) // blocks // H
-    first = block * (2 * GROUP)
-    start, tiles, whole_start, whole_end = _span(first, S_q, S_k - S_q, S_k, left, right, HAS_LEFT, HAS_RIGHT, BN)
+    h, number = gl.program_id(0) // blocks % H, gl.program_id(0) // blocks // H
+    b, first_q, len_q = _sequence(number, cu_q, S_q)
+    _, first_k, len_k = _sequence(number, cu_k, S_k)
+    place = block * (2 * GROUP)
+    start, tiles, whole_start, whole_end = _span(
+        place, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT, BN
+    )  # fmt: skip
     own_smem = gl.allocate_shared_memory(q.dtype, [4, 1, GROUP, 1, D], q.layout)
     k_smem, v_smem, own_full, full, empty = _ring(k, v, STAGES)
     shared = (
         lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq,
-        own_smem, k_smem, v_smem, own_full, full, empty, first, b, h, H,
-        start, tiles, whole_start, whole_end, S_q, S_k, scale, softcap, left, right,
+        own_smem, k_smem, v_smem, own_full, full, empty, place, b, h, H,
+        start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, scale, softcap, left, right,
     )  # fmt: skip
-    one = first * 0 + 1  # a number that is no constant, as `_fetch_pairs` has members that are none
+    one = place * 0 + 1  # a number that is no constant, as `_fetch_pairs` has members that are none
     fetched = (
         q, dout, k, v, own_smem, k_smem, v_smem, own_full, full, empty,
-        b, h, first, h // members, one, start, tiles,
+        b, h, first_q + place, h // members, one, first_k + start, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_queries_of_group, (shared, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BN, STAGES, 0)),
-            (_queries_of_group, (shared, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BN, STAGES, 1)),
+            (_queries_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0)),
+            (_queries_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1)),
             (_fetch_pairs, (fetched, STAGES)),
         ],
         [4, 1],

@@ -92,10 +92,10 @@ def rope_attention(
     `return_lse` also returns log Σ exp of each query's scores, (B, H_q, S_q), packed (H_q, T), float32 (float64 for
     float64), −∞ where no key is seen. Differentiable once in q, k and v, through both.
 
-    `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py`, for H100 and H200, 16 bits, D 64
-    or 128 and no packing; "sdpa", a rotation and torch's fastest attention, which has neither windows other than causal
-    ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By default "sdpa" for what it has and
-    "triton" for the rest on a GPU, "torch" elsewhere. All but "sdpa" give the same bits for the same input;
+    `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py`, for H100 and H200, 16 bits and D
+    of a multiple of 8 up to 128; "sdpa", a rotation and torch's fastest attention, which has neither windows other than
+    causal ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By default "sdpa" for what it
+    has and "triton" for the rest on a GPU, "torch" elsewhere. All but "sdpa" give the same bits for the same input;
     `deterministic` refuses "sdpa", whose gradient need not.
 
     Raises ValueError, naming the argument.
@@ -116,7 +116,7 @@ def rope_attention(
             )
         return sdpa.attention(q, k, v, cos, sin, right == 0, scale, interleaved, position_ids)
     if chosen == "hopper":
-        _check_hopper(q, packed)
+        _check_hopper(q)
     if packed:
         q, k, v = (t[None] for t in (q, k, v))
     if position_ids is not None:
@@ -174,14 +174,14 @@ def _choose(backend: str | None, q: Tensor, sdpa_has_it: bool) -> str:
     return "sdpa" if sdpa_has_it and q.is_cuda else "triton"
 
 
-def _check_hopper(q: Tensor, packed: bool) -> None:
+def _check_hopper(q: Tensor) -> None:
     from ava_kernels.attention import hopper  # triton is not installed everywhere
 
-    if packed or not hopper.takes(q) or not hopper.runs_on(q):
+    if not hopper.takes(q) or not hopper.runs_on(q):
         raise ValueError(
-            f"backend is 'hopper', which is for float16 and bfloat16, heads of 64 or 128, no cu_seqlens, and a GPU of "
-            f"compute capability 9; given are {q.dtype}, heads of {q.shape[-1]}, {'' if packed else 'no '}cu_seqlens, "
-            f"on {q.device}: take backend='triton'"
+            f"backend is 'hopper', which is for float16 and bfloat16, heads of a multiple of 8 up to "
+            f"{hopper.PADDED[-1]}, and a GPU of compute capability 9; given are {q.dtype}, heads of {q.shape[-1]}, on "
+            f"{q.device}: take backend='triton'"
         )
 
 
@@ -272,7 +272,7 @@ def _attention(
         if hopper:
             from ava_kernels.attention import hopper as for_hopper
 
-            return for_hopper.forward(q, k, v, cos, sin, position, shape, keep)
+            return for_hopper.forward(q, k, v, cos, sin, position, cu_q, cu_k, shape, keep)
         return kernels.forward(q, k, v, cos, sin, position, cu_q, cu_k, shape, keep)
 
 
@@ -318,7 +318,7 @@ def _attention_backward(
         if hopper:
             from ava_kernels.attention import hopper as for_hopper
 
-            return for_hopper.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, shape)
+            return for_hopper.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, cu_q, cu_k, shape)
         return kernels.backward(dout, dlse, q, k, v, out, lse, cos, sin, position, cu_q, cu_k, shape)
 
 

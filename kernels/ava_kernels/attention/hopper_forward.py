@@ -1,0 +1,301 @@
+"""Attention's forward pass for Hopper: the kernel that `hopper.forward` launches, and what backward shares; see there.
+
+Shape suffixes: M queries and N keys of a tile, A and B the rows and columns of a tile of scores, which is either of
+them, D elements of a head, padded to a power of two, P pairs of them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
+CHUNK: gl.constexpr = gl.constexpr(32)  # rows that are cleared at a time: registers are few
+fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
+
+
+@gluon.jit
+def _sequence(number, cu, S):
+    """→ the batch entry, the first row and the number of rows of a sequence, which with `cu` is a packed document."""
+    b, first, length = number, number * 0, S
+    if cu is not None:
+        b = number * 0
+        first = gl.load(cu + number)
+        length = gl.load(cu + number + 1) - first
+    return b, first, length
+
+
+@gluon.jit
+def _span(
+    first, length, shift, others, below, above, HAS_BELOW: gl.constexpr, HAS_ABOVE: gl.constexpr, STEP: gl.constexpr
+):
+    """What the 128 rows from `first` on, of `length`, meet, when row i meets i + shift - below … i + shift + above of
+    the others → the first tile's first, how many tiles of STEP; the first that all rows meet, and the first behind it
+    that not all meet."""
+    last = gl.minimum(first + 2 * GROUP, length) - 1
+    start, end = 0, others
+    whole_start, whole_end = 0, others
+    if HAS_BELOW:
+        start = gl.maximum(first + shift - below, 0) // STEP * STEP
+        whole_start = gl.maximum(last + shift - below, 0)
+    if HAS_ABOVE:
+        end = gl.minimum(last + shift + above + 1, others)
+        whole_end = gl.minimum(first + shift + above + 1, others)
+    return start, gl.cdiv(gl.maximum(end - start, 0), STEP), whole_start, whole_end
+
+
+@gluon.jit
+def _fetch(shared, BN: gl.constexpr, STAGES: gl.constexpr):
+    """What the fetching warp does."""
+    k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h, first, tiles = shared
+    for tile in range(tiles):
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
+        fetch(k, [b, first + tile * BN, h, 0], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
+        fetch(v, [b, first + tile * BN, h, 0], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _clear_behind(tile, end):
+    """Sets the rows of a fetched tile (A, D) from `end` on to 0. They are of another document, which weighs nothing;
+    but 0 · NaN would remain of it."""
+    D: gl.constexpr = tile.shape[1]
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, tile.shape[0], CHUNK):
+        part = tile.slice(first, CHUNK)
+        row_A = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, rows))
+        x_AD = part.load(rows)
+        part.store(gl.where((row_A < end)[:, None], x_AD, gl.zeros_like(x_AD)))
+    hopper.fence_async_shared()
+
+
+@gluon.jit
+def _part(there_A, column_D, HEAD: gl.constexpr, D: gl.constexpr):
+    """→ (A, D) or (A, 1): which elements of rows are in memory."""
+    part_AD = there_A[:, None]
+    if HEAD < D:
+        part_AD = part_AD & (column_D < HEAD)[None, :]
+    return part_AD
+
+
+@gluon.jit
+def _turned(
+    q, offset_M, there_M, position_M, cos, sin, cos_stride, sin_stride,
+    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """→ (M, D) heads at the offsets, turned; 0 where none is. An element's partner is fetched a second time, from the
+    cache."""
+    column_D = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    x_MD = gl.load(q + offset_M[:, None] + column_D[None, :], mask=_part(there_M, column_D, HEAD, D), other=0.0)
+    if TURNED > 0:
+        if INTERLEAVED:
+            first_D = column_D % 2 == 0
+            pair_D = column_D // 2
+            partner_D = gl.where(first_D, column_D + 1, column_D - 1)
+        else:
+            first_D = column_D < TURNED // 2
+            pair_D = gl.where(first_D, column_D, column_D - TURNED // 2)
+            partner_D = gl.where(first_D, column_D + TURNED // 2, column_D - TURNED // 2)
+        turns_MD = there_M[:, None] & (column_D < TURNED)[None, :]
+        y_MD = gl.load(q + offset_M[:, None] + partner_D[None, :], mask=turns_MD, other=0.0).to(gl.float32)
+        at_M = position_M.to(gl.int64)
+        cos_MD = gl.load(cos + (at_M * cos_stride)[:, None] + pair_D[None, :], mask=turns_MD, other=1.0)
+        sin_MD = gl.load(sin + (at_M * sin_stride)[:, None] + pair_D[None, :], mask=turns_MD, other=0.0)
+        y_MD = gl.where(first_D[None, :], -y_MD, y_MD)
+        turned_MD = x_MD.to(gl.float32) * cos_MD.to(gl.float32) + y_MD * sin_MD.to(gl.float32)
+        x_MD = turned_MD.to(x_MD.dtype)
+    return x_MD
+
+
+@gluon.jit
+def _scores(product, scale, softcap, HAS_SOFTCAP: gl.constexpr):
+    """→ scores in units of log 2, and their slope along scale · product."""
+    if HAS_SOFTCAP:
+        tanh = 1.0 - 2.0 / (gl.exp(2.0 * (product * scale / softcap)) + 1.0)
+        scores, slope = tanh * (softcap * LOG2E), 1.0 - tanh * tanh
+    else:
+        scores, slope = product * (scale * LOG2E), 1.0
+    return scores, slope
+
+
+@gluon.jit
+def _seen(m, n, len_q, len_k, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """→ (A, B): which keys n a query m sees; one of them is (A, 1), the other (1, B)."""
+    seen = (m < len_q) & (n < len_k)
+    if HAS_LEFT:
+        seen = seen & (n >= m + (len_k - len_q - left))
+    if HAS_RIGHT:
+        seen = seen & (n <= m + (len_k - len_q + right))
+    return seen
+
+
+@gluon.jit
+def _weights(
+    product_MN, most_M, total_M, m_M, n_N, masked, len_q, len_k, scale, softcap, left, right,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """→ the tile's weights p, the largest score and the sum so far, and by what earlier sums shrink."""
+    s_MN, _ = _scores(product_MN, scale, softcap, HAS_SOFTCAP)
+    if masked:
+        seen_MN = _seen(m_M[:, None], n_N[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
+        s_MN = gl.where(seen_MN, s_MN, float("-inf"))
+    more_M = gl.maximum(most_M, gl.max(s_MN, 1))
+    base_M = gl.where(more_M == float("-inf"), 0.0, more_M)  # nothing seen yet
+    p_MN = gl.exp2(s_MN - base_M[:, None])
+    shrink_M = gl.exp2(most_M - base_M)
+    return p_MN, more_M, total_M * shrink_M + gl.sum(p_MN, 1), shrink_M
+
+
+@gluon.jit
+def _attend(
+    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
+):  # fmt: skip
+    """What group 0 or 1 does: 64 queries from beginning to end."""
+    (
+        q, q_stride_b, q_stride_s, q_stride_h, cos, sin, cos_stride, sin_stride, position, position_stride_b,
+        out, lse, turned_q, turned_stride_b, turned_stride_s,
+        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
+        block, b, h, start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, H, scale, softcap, left, right,
+    ) = shared  # fmt: skip
+    dtype: gl.constexpr = q.dtype.element_ty
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    heads: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    first = block * (2 * GROUP) + NUMBER * GROUP
+    place_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
+    there_M = place_M < len_q
+    b_64, h_64, queries_M = b.to(gl.int64), h.to(gl.int64), first_q.to(gl.int64) + place_M
+    position_M = place_M
+    if position is not None:
+        position_M = gl.load(position + b_64 * position_stride_b + queries_M, mask=there_M, other=0)
+    offset_M = b_64 * q_stride_b + h_64 * q_stride_h + queries_M * q_stride_s
+    q_MD = _turned(
+        q, offset_M, there_M, position_M, cos, sin, cos_stride, sin_stride, HEAD, D, TURNED, INTERLEAVED, rows
+    )  # fmt: skip
+    column_D = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
+    part_MD = _part(there_M, column_D, HEAD, D)
+    if turned_q is not None:
+        kept_M = b_64 * turned_stride_b + h_64 * HEAD + queries_M * turned_stride_s
+        gl.store(turned_q + kept_M[:, None] + column_D[None, :], q_MD, mask=part_MD)
+    q_own = q_smem.index(NUMBER)
+    q_own.store(q_MD)
+    hopper.fence_async_shared()
+
+    m_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
+    tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
+    most_M = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
+    total_M = gl.full([GROUP], 0.0, gl.float32, gl.SliceLayout(1, scores))
+    out_MD = gl.zeros([GROUP, D], gl.float32, heads)
+    zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
+    if tiles > 0:
+        mbarrier.wait(k_full.index(0), 0)
+        issued = hopper.warpgroup_mma(
+            q_own, k_smem.index(0).reshape([BN, D]).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+        )
+        product_MN = hopper.warpgroup_mma_wait(0, deps=(issued,))
+        mbarrier.arrive(k_empty.index(0))
+        masked = (start < whole_start) | (start + BN > whole_end)
+        p_MN, most_M, total_M, shrink_M = _weights(
+            product_MN, most_M, total_M, m_M, start + tile_N, masked, len_q, len_k, scale, softcap, left, right,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        )  # fmt: skip
+        p_MN = gl.convert_layout(p_MN.to(dtype), weights)
+        for tile in range(1, tiles):
+            stage, phase = tile % STAGES, tile // STAGES & 1
+            last_stage, last_phase = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.wait(turns.index(NUMBER), (tile - 1) & 1)
+            issued = hopper.warpgroup_mma(
+                q_own, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+            )
+            mbarrier.wait(v_full.index(last_stage), last_phase)
+            adding = hopper.warpgroup_mma(p_MN, v_smem.index(last_stage).reshape([BN, D]), out_MD, is_async=True)
+            mbarrier.arrive(turns.index(1 - NUMBER))
+            product_MN = hopper.warpgroup_mma_wait(1, deps=(issued,))
+            mbarrier.arrive(k_empty.index(stage))
+            n = start + tile * BN
+            masked = (n < whole_start) | (n + BN > whole_end)
+            p_MN, most_M, total_M, shrink_M = _weights(
+                product_MN, most_M, total_M, m_M, n + tile_N, masked, len_q, len_k, scale, softcap, left, right,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            )  # fmt: skip
+            p_MN = gl.convert_layout(p_MN.to(dtype), weights)
+            out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
+            mbarrier.arrive(v_empty.index(last_stage))
+            out_MD = out_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, heads))[:, None]
+        last_stage, last_phase = (tiles - 1) % STAGES, (tiles - 1) // STAGES & 1
+        mbarrier.wait(v_full.index(last_stage), last_phase)
+        if PACKED:
+            end = len_k - start - (tiles - 1) * BN
+            if end < BN:
+                _clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)
+        adding = hopper.warpgroup_mma(p_MN, v_smem.index(last_stage).reshape([BN, D]), out_MD, is_async=True)
+        out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
+    empty_M = most_M == float("-inf")
+    total_M = gl.where(empty_M, 1.0, total_M)
+    out_MD = out_MD / gl.convert_layout(total_M, gl.SliceLayout(1, heads))[:, None]
+    q_own.store(out_MD.to(dtype))  # nobody reads the queries any more
+    to_M = ((b_64 * S_q + queries_M) * H + h_64) * HEAD
+    gl.store(out + to_M[:, None] + column_D[None, :], q_own.load(rows), mask=part_MD)
+    lse_M = gl.where(empty_M, float("-inf"), (most_M + gl.log2(total_M)) / LOG2E)
+    gl.store(lse + (b_64 * H + h_64) * S_q + first_q + m_M, lse_M, mask=m_M < len_q)
+
+
+@gluon.jit
+def _hopper_forward(
+    q, q_stride_b, q_stride_s, q_stride_h, k, v, cos, sin, cos_stride, sin_stride, position, position_stride_b,
+    out, lse, turned_q, turned_stride_b, turned_stride_s, cu_q, cu_k,
+    blocks, S_q, S_k, H, members, scale, softcap, left, right,
+    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    block = blocks - 1 - gl.program_id(0) % blocks  # with a causal mask the last ones take longest
+    h, number = gl.program_id(0) // blocks % H, gl.program_id(0) // blocks // H
+    b, first_q, len_q = _sequence(number, cu_q, S_q)
+    _, first_k, len_k = _sequence(number, cu_k, S_k)
+    start, tiles, whole_start, whole_end = _span(
+        block * (2 * GROUP), len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT, BN
+    )
+    queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, D], q.dtype.element_ty)
+    q_smem = gl.allocate_shared_memory(q.dtype.element_ty, [2, GROUP, D], queries)
+    k_smem = gl.allocate_shared_memory(k.dtype, [STAGES, 1, BN, 1, D], k.layout)
+    v_smem = gl.allocate_shared_memory(v.dtype, [STAGES, 1, BN, 1, D], v.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
+    mbarrier.arrive(turns.index(0))
+    shared = (
+        q, q_stride_b, q_stride_s, q_stride_h, cos, sin, cos_stride, sin_stride, position, position_stride_b,
+        out, lse, turned_q, turned_stride_b, turned_stride_s,
+        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
+        block, b, h, start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, H, scale, softcap, left, right,
+    )  # fmt: skip
+    fetched = k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h // members, first_k + start, tiles
+    gl.warp_specialize(
+        [
+            (_attend, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0)),
+            (_attend, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1)),
+            (_fetch, (fetched, BN, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
