@@ -162,15 +162,11 @@ def attention(
             **{"scale": D**-0.5, "left": -1, "right": 0, "softcap": 0.0, "interleaved": False, "max_q": S, "max_k": S}
             | options
         )
-        if hopper:
-            out, lse, turned_q, turned_k = hopper_kernels.forward(q, k, v, cos, sin, position, shape, True)
-            kept = (turned_q, turned_k) if pairs else (q, k)
-            hopper_kernels.backward(out, None, *kept, v, out, lse, cos, sin, position, shape)
-            return
+        kernels = hopper_kernels if hopper else attention_kernels
         table = cos, sin, position, cu, cu
-        out, lse, turned_q, turned_k = attention_kernels.forward(q, k, v, *table, shape, True)
+        out, lse, turned_q, turned_k = kernels.forward(q, k, v, *table, shape, True)
         kept = (turned_q, turned_k) if pairs else (q, k)
-        attention_kernels.backward(out, None, *kept, v, out, lse, *table, shape)
+        kernels.backward(out, None, *kept, v, out, lse, *table, shape)
 
     return run
 
@@ -210,6 +206,12 @@ CASES = {
     "attention 64, part turned, softcap, hopper": attention(
         4, 4096, 16, 16, 64, turned=32, hopper=True, left=1024, softcap=50.0
     ),
+    **{f"attention {D}, packed, hopper": attention(4, 4096, 16, 16, D, packed=True, hopper=True) for D in (64, 128)},
+    "attention 128, packed, window, softcap, hopper": attention(
+        4, 4096, 16, 16, 128, packed=True, hopper=True, left=1024, softcap=50.0, interleaved=True
+    ),
+    "attention 96, packed, hopper": attention(4, 4096, 16, 16, 96, packed=True, hopper=True),
+    "attention 32, hopper": attention(4, 4096, 16, 16, 32, hopper=True),
     "attention 32": attention(4, 4096, 16, 16, 32),
     "attention 256, fp16": attention(4, 4096, 16, 16, 256, torch.float16),
     "attention 64, fp32": attention(4, 1024, 16, 16, 64, torch.float32),

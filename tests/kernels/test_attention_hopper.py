@@ -222,7 +222,11 @@ FAULTS = {
     "queries that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(q_MD, len_q - m)", "pass"),
     "gradients that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(dout_MD, len_q - m)", "pass"),
     "keys that are not cleared": (hopper_backward._queries_of_group, "_clear_behind(k_ND, len_k - n)", "pass"),
-    "a phase that is off by one": (hopper_forward._fetch, "k_empty.index(stage), phase ^ 1", "k_empty.index(stage), phase"),
+    "a phase that is off by one": (
+        hopper_forward._fetch,
+        "k_empty.index(stage), phase ^ 1",
+        "k_empty.index(stage), phase",
+    ),
     "a product that is not waited for": (
         hopper_backward._keys_of_group,
         "hopper.warpgroup_mma_wait(0, deps=(dv_sum",

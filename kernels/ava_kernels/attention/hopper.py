@@ -79,7 +79,7 @@ def forward(
     if cu_q is not None or not (blocks and sequences and S_k):
         out, lse = out.zero_(), lse.fill_(float("-inf"))  # behind the last document there may be rows
     if blocks and sequences and S_k:
-        ring = ring_for("hopper_forward", q, shape.softcap)
+        ring = ring_for("hopper_forward", q, shape.softcap, cu_q is not None)
         hopper_forward._hopper_forward[(blocks * sequences * H_q,)](
             q,
             *q.stride()[:3],
@@ -87,10 +87,8 @@ def forward(
             _heads(v, ring.rows),
             *_table(cos, sin, position),
             out,
-            lse,
             turned_q if turned_q.numel() else None,
-            S_q * H_q * D,
-            H_q * D,
+            lse,
             cu_q,
             cu_k,
             blocks,
@@ -139,7 +137,7 @@ def backward(
     arguments = lse, dots, *_table(*table)
     numbers = H_q // H_kv, *_numbers(shape)
     constants = _constants(shape, D, table[0])
-    ring = ring_for("hopper_keys", q, shape.softcap)
+    ring = ring_for("hopper_keys", q, shape.softcap, cu_q is not None)
     blocks = triton.cdiv(shape.max_k, 2 * OWN)
     hopper_backward._hopper_keys[(blocks * sequences * H_kv,)](
         *(_heads(k, OWN), _heads(v, OWN), _heads(q, ring.rows), _heads(dout, ring.rows)),
@@ -149,7 +147,7 @@ def backward(
         BM=ring.rows,
         STAGES=ring.stages,
     )
-    ring = ring_for("hopper_queries", q, shape.softcap)
+    ring = ring_for("hopper_queries", q, shape.softcap, cu_q is not None)
     blocks = triton.cdiv(shape.max_q, 2 * OWN)
     hopper_backward._hopper_queries[(blocks * sequences * H_q,)](
         *(_heads(q, OWN), _heads(dout, OWN), _heads(k, ring.rows), _heads(v, ring.rows)),

@@ -12,8 +12,16 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ava_kernels.attention.hopper_forward import (
-    GROUP, LOG2E, _clear_behind, _part, _scores, _seen, _sequence, _span, fetch,
-)  # fmt: skip
+    GROUP,
+    LOG2E,
+    _clear_behind,
+    _part,
+    _scores,
+    _seen,
+    _sequence,
+    _span,
+    fetch,
+)
 
 
 @gluon.jit
@@ -39,12 +47,8 @@ def _fetch_pairs(shared, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _turned_back(
-    x_AD, position, position_stride_b, b, first, place, length, cos, sin, cos_stride, sin_stride,
-    INTERLEAVED: gl.constexpr,
-):  # fmt: skip
-    """→ x (A, D) float32, all of it turned by the negative angles of the rows from `place` on of the sequence that
-    begins at row `first`."""
+def _turned_back(x_AD, position, place, length, cos, sin, cos_stride, sin_stride, INTERLEAVED: gl.constexpr):
+    """→ x (A, D) float32, all of it turned by the negative angles of the rows from `place` on."""
     rows: gl.constexpr = x_AD.shape[0]
     pairs: gl.constexpr = x_AD.shape[1] // 2
     if INTERLEAVED:
@@ -56,8 +60,7 @@ def _turned_back(
     there_A = place_A < length
     position_A = place_A.to(gl.int64)
     if position is not None:
-        at_A = position + b * position_stride_b + first + place_A
-        position_A = gl.load(at_A, mask=there_A, other=0).to(gl.int64)
+        position_A = gl.load(position + place_A, mask=there_A, other=0).to(gl.int64)
     pair_P = gl.arange(0, pairs, layout=gl.SliceLayout(0, layout))
     cos_AP = gl.load(cos + (position_A * cos_stride)[:, None] + pair_P[None, :], mask=there_A[:, None], other=1.0)
     sin_AP = gl.load(sin + (position_A * sin_stride)[:, None] + pair_P[None, :], mask=there_A[:, None], other=0.0)
@@ -71,16 +74,14 @@ def _turned_back(
 
 
 @gluon.jit
-def _store_rows(to, x_AD, smem, b, first, place, length, S, H, h, HEAD: gl.constexpr, D: gl.constexpr):
-    """Stores x (A, D) as rows of a contiguous (B, S, H, HEAD), through shared memory that nobody else uses: those from
-    `place` on of the sequence that begins at row `first`."""
+def _store_rows(to, stride, x_AD, smem, place, length, HEAD: gl.constexpr, D: gl.constexpr):
+    """Stores x (A, D) as the rows from `place` on of a head, through shared memory that nobody else uses."""
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     smem.store(x_AD.to(to.dtype.element_ty))
     place_A = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
     column_D = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
-    to_A = ((b * S + first + place_A) * H + h) * HEAD
-    part_AD = _part(place_A < length, column_D, HEAD, D)
-    gl.store(to + to_A[:, None] + column_D[None, :], smem.load(rows), mask=part_AD)
+    at_AD = (place_A.to(gl.int64) * stride)[:, None] + column_D[None, :]
+    gl.store(to + at_AD, smem.load(rows), mask=_part(place_A < length, column_D, HEAD, D))
 
 
 @gluon.jit
@@ -91,16 +92,15 @@ def _keys_of_group(
 ):  # fmt: skip
     """What group 0 or 1 does: dk and dv of 64 keys."""
     (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv,
-        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, b, h, H_kv, members,
-        start, tiles, whole_start, whole_end, first_q, first_k, len_q, len_k, S_q, S_k, scale, softcap, left, right,
+        lse, dots, lse_stride, cos, sin, cos_stride, sin_stride, position, dk, dv, stride,
+        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, members,
+        start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     heads: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
     place = own_place + NUMBER * GROUP
-    b_64, h_64 = b.to(gl.int64), h.to(gl.int64)
     k_own = own_smem.index(NUMBER).reshape([GROUP, D])
     v_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
     n_N = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
@@ -114,15 +114,14 @@ def _keys_of_group(
         m = start + i % tiles * BM
         m_M = m + tile_M
         there_M = m_M < len_q
-        row = (b_64 * (H_kv * members) + h_64 * members + i // tiles) * S_q + first_q
+        row = (i // tiles).to(gl.int64) * lse_stride
         lse_M = gl.load(lse + row + m_M, mask=there_M, other=0.0) * LOG2E
         q_MD = q_smem.index(stage).reshape([BM, D])
         dout_MD = dout_smem.index(stage).reshape([BM, D])
         mbarrier.wait(full.index(stage), phase)
-        if PACKED:
-            if m + BM > len_q:
-                _clear_behind(q_MD, len_q - m)
-                _clear_behind(dout_MD, len_q - m)
+        if PACKED and m + BM > len_q:
+            _clear_behind(q_MD, len_q - m)
+            _clear_behind(dout_MD, len_q - m)
         product = hopper.warpgroup_mma(k_own, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
@@ -138,13 +137,11 @@ def _keys_of_group(
         dk_sum = hopper.warpgroup_mma(ds_NM, q_MD, dk_ND, is_async=True)
         dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
         mbarrier.arrive(empty.index(stage))
-    _store_rows(dv, dv_ND, v_own, b_64, first_k, place, len_k, S_k, H_kv, h_64, HEAD, D)
+    _store_rows(dv, stride, dv_ND, v_own, place, len_k, HEAD, D)
     dk_ND = dk_ND * scale
     if TURNED > 0:
-        dk_ND = _turned_back(
-            dk_ND, position, position_stride_b, b_64, first_k, place, len_k, cos, sin, cos_stride, sin_stride, INTERLEAVED
-        )  # fmt: skip
-    _store_rows(dk, dk_ND, k_own, b_64, first_k, place, len_k, S_k, H_kv, h_64, HEAD, D)
+        dk_ND = _turned_back(dk_ND, position, place, len_k, cos, sin, cos_stride, sin_stride, INTERLEAVED)
+    _store_rows(dk, stride, dk_ND, k_own, place, len_k, HEAD, D)
 
 
 @gluon.jit
@@ -155,23 +152,21 @@ def _queries_of_group(
 ):  # fmt: skip
     """What group 0 or 1 does: dq of 64 queries."""
     (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq,
-        own_smem, k_smem, v_smem, own_full, full, empty, own_place, b, h, H,
-        start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, scale, softcap, left, right,
+        lse, dots, cos, sin, cos_stride, sin_stride, position, dq, stride,
+        own_smem, k_smem, v_smem, own_full, full, empty, own_place,
+        start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dq.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     heads: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
     place = own_place + NUMBER * GROUP
-    b_64, h_64 = b.to(gl.int64), h.to(gl.int64)
     q_own = own_smem.index(NUMBER).reshape([GROUP, D])
     dout_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
     m_M = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
-    at_M = (b_64 * H + h_64) * S_q + first_q + m_M
-    lse_M = gl.load(lse + at_M, mask=m_M < len_q, other=0.0) * LOG2E
-    dot_M = gl.load(dots + at_M, mask=m_M < len_q, other=0.0)
+    lse_M = gl.load(lse + m_M, mask=m_M < len_q, other=0.0) * LOG2E
+    dot_M = gl.load(dots + m_M, mask=m_M < len_q, other=0.0)
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     dq_MD = gl.zeros([GROUP, D], gl.float32, heads)
     mbarrier.wait(own_full, 0)
@@ -181,10 +176,9 @@ def _queries_of_group(
         k_ND = k_smem.index(stage).reshape([BN, D])
         v_ND = v_smem.index(stage).reshape([BN, D])
         mbarrier.wait(full.index(stage), phase)
-        if PACKED:
-            if n + BN > len_k:
-                _clear_behind(k_ND, len_k - n)
-                _clear_behind(v_ND, len_k - n)
+        if PACKED and n + BN > len_k:
+            _clear_behind(k_ND, len_k - n)
+            _clear_behind(v_ND, len_k - n)
         product = hopper.warpgroup_mma(q_own, k_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(dout_own, v_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         product_MN = hopper.warpgroup_mma_wait(1, deps=(product,))
@@ -200,10 +194,8 @@ def _queries_of_group(
         mbarrier.arrive(empty.index(stage))
     dq_MD = dq_MD * scale
     if TURNED > 0:
-        dq_MD = _turned_back(
-            dq_MD, position, position_stride_b, b_64, first_q, place, len_q, cos, sin, cos_stride, sin_stride, INTERLEAVED
-        )  # fmt: skip
-    _store_rows(dq, dq_MD, q_own, b_64, first_q, place, len_q, S_q, H, h_64, HEAD, D)
+        dq_MD = _turned_back(dq_MD, position, place, len_q, cos, sin, cos_stride, sin_stride, INTERLEAVED)
+    _store_rows(dq, stride, dq_MD, q_own, place, len_q, HEAD, D)
 
 
 @gluon.jit
@@ -238,12 +230,21 @@ def _hopper_keys(
     start, tiles, whole_start, whole_end = _span(
         place, len_k, len_q - len_k, len_q, right, left, HAS_RIGHT, HAS_LEFT, BM
     )  # fmt: skip
+    b_64, h_64 = b.to(gl.int64), h.to(gl.int64)  # what follows begins at the sequence
+    at = ((b_64 * S_k + first_k) * H_kv + h_64) * HEAD
+    dk += at
+    dv += at
+    at = (b_64 * H_kv + h_64) * members * S_q + first_q
+    lse += at
+    dots += at
+    if position is not None:
+        position += b_64 * position_stride_b + first_k
     own_smem = gl.allocate_shared_memory(k.dtype, [4, 1, GROUP, 1, D], k.layout)
     q_smem, dout_smem, own_full, full, empty = _ring(q, dout, STAGES)
     shared = (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv,
-        own_smem, q_smem, dout_smem, own_full, full, empty, place, b, h, H_kv, members,
-        start, tiles, whole_start, whole_end, first_q, first_k, len_q, len_k, S_q, S_k, scale, softcap, left, right,
+        lse, dots, S_q, cos, sin, cos_stride, sin_stride, position, dk, dv, H_kv * HEAD,
+        own_smem, q_smem, dout_smem, own_full, full, empty, place, members,
+        start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
     fetched = (
         k, v, q, dout, own_smem, q_smem, dout_smem, own_full, full, empty,
@@ -251,8 +252,14 @@ def _hopper_keys(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_keys_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 0)),
-            (_keys_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1)),
+            (
+                _keys_of_group,
+                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 0),
+            ),
+            (
+                _keys_of_group,
+                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1),
+            ),
             (_fetch_pairs, (fetched, STAGES)),
         ],
         [4, 1],
@@ -276,12 +283,19 @@ def _hopper_queries(
     start, tiles, whole_start, whole_end = _span(
         place, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT, BN
     )  # fmt: skip
+    b_64, h_64 = b.to(gl.int64), h.to(gl.int64)  # what follows begins at the sequence
+    dq += ((b_64 * S_q + first_q) * H + h_64) * HEAD
+    at = (b_64 * H + h_64) * S_q + first_q
+    lse += at
+    dots += at
+    if position is not None:
+        position += b_64 * position_stride_b + first_q
     own_smem = gl.allocate_shared_memory(q.dtype, [4, 1, GROUP, 1, D], q.layout)
     k_smem, v_smem, own_full, full, empty = _ring(k, v, STAGES)
     shared = (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq,
-        own_smem, k_smem, v_smem, own_full, full, empty, place, b, h, H,
-        start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, scale, softcap, left, right,
+        lse, dots, cos, sin, cos_stride, sin_stride, position, dq, H * HEAD,
+        own_smem, k_smem, v_smem, own_full, full, empty, place,
+        start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
     one = place * 0 + 1  # a number that is no constant, as `_fetch_pairs` has members that are none
     fetched = (
@@ -290,8 +304,14 @@ def _hopper_queries(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_queries_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0)),
-            (_queries_of_group, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1)),
+            (
+                _queries_of_group,
+                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0),
+            ),
+            (
+                _queries_of_group,
+                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1),
+            ),
             (_fetch_pairs, (fetched, STAGES)),
         ],
         [4, 1],

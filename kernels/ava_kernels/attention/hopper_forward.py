@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
-CHUNK: gl.constexpr = gl.constexpr(32)  # rows that are cleared at a time: registers are few
+CHUNK: gl.constexpr = gl.constexpr(16)  # rows that are cleared at a time: registers are few
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
 
 
@@ -65,9 +65,10 @@ def _fetch(shared, BN: gl.constexpr, STAGES: gl.constexpr):
 def _clear_behind(tile, end):
     """Sets the rows of a fetched tile (A, D) from `end` on to 0. They are of another document, which weighs nothing;
     but 0 · NaN would remain of it."""
+    A: gl.constexpr = tile.shape[0]
     D: gl.constexpr = tile.shape[1]
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, tile.shape[0], CHUNK):
+    for first in gl.static_range(0, A, CHUNK):
         part = tile.slice(first, CHUNK)
         row_A = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, rows))
         x_AD = part.load(rows)
@@ -160,10 +161,9 @@ def _attend(
 ):  # fmt: skip
     """What group 0 or 1 does: 64 queries from beginning to end."""
     (
-        q, q_stride_b, q_stride_s, q_stride_h, cos, sin, cos_stride, sin_stride, position, position_stride_b,
-        out, lse, turned_q, turned_stride_b, turned_stride_s,
+        q, q_stride, cos, sin, cos_stride, sin_stride, position, out, turned_q, out_stride, lse,
         q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
-        block, b, h, start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, H, scale, softcap, left, right,
+        block, start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -171,21 +171,20 @@ def _attend(
     weights: gl.constexpr = gl.DotOperandLayout(0, heads, 2)
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     first = block * (2 * GROUP) + NUMBER * GROUP
-    place_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
-    there_M = place_M < len_q
-    b_64, h_64, queries_M = b.to(gl.int64), h.to(gl.int64), first_q.to(gl.int64) + place_M
-    position_M = place_M
+    queries_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows))
+    there_M = queries_M < len_q
+    position_M = queries_M
     if position is not None:
-        position_M = gl.load(position + b_64 * position_stride_b + queries_M, mask=there_M, other=0)
-    offset_M = b_64 * q_stride_b + h_64 * q_stride_h + queries_M * q_stride_s
+        position_M = gl.load(position + queries_M, mask=there_M, other=0)
     q_MD = _turned(
-        q, offset_M, there_M, position_M, cos, sin, cos_stride, sin_stride, HEAD, D, TURNED, INTERLEAVED, rows
+        q, queries_M.to(gl.int64) * q_stride, there_M, position_M, cos, sin, cos_stride, sin_stride,
+        HEAD, D, TURNED, INTERLEAVED, rows,
     )  # fmt: skip
     column_D = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
+    at_MD = (queries_M.to(gl.int64) * out_stride)[:, None] + column_D[None, :]
     part_MD = _part(there_M, column_D, HEAD, D)
     if turned_q is not None:
-        kept_M = b_64 * turned_stride_b + h_64 * HEAD + queries_M * turned_stride_s
-        gl.store(turned_q + kept_M[:, None] + column_D[None, :], q_MD, mask=part_MD)
+        gl.store(turned_q + at_MD, q_MD, mask=part_MD)
     q_own = q_smem.index(NUMBER)
     q_own.store(q_MD)
     hopper.fence_async_shared()
@@ -244,17 +243,16 @@ def _attend(
     total_M = gl.where(empty_M, 1.0, total_M)
     out_MD = out_MD / gl.convert_layout(total_M, gl.SliceLayout(1, heads))[:, None]
     q_own.store(out_MD.to(dtype))  # nobody reads the queries any more
-    to_M = ((b_64 * S_q + queries_M) * H + h_64) * HEAD
-    gl.store(out + to_M[:, None] + column_D[None, :], q_own.load(rows), mask=part_MD)
+    gl.store(out + at_MD, q_own.load(rows), mask=part_MD)
     lse_M = gl.where(empty_M, float("-inf"), (most_M + gl.log2(total_M)) / LOG2E)
-    gl.store(lse + (b_64 * H + h_64) * S_q + first_q + m_M, lse_M, mask=m_M < len_q)
+    gl.store(lse + m_M, lse_M, mask=m_M < len_q)
 
 
 @gluon.jit
 def _hopper_forward(
     q, q_stride_b, q_stride_s, q_stride_h, k, v, cos, sin, cos_stride, sin_stride, position, position_stride_b,
-    out, lse, turned_q, turned_stride_b, turned_stride_s, cu_q, cu_k,
-    blocks, S_q, S_k, H, members, scale, softcap, left, right,
+    out, turned_q, lse, cu_q, cu_k, blocks, S_q, S_k, H, members,
+    scale, softcap, left, right,
     HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
@@ -283,11 +281,19 @@ def _hopper_forward(
     for group in gl.static_range(2):
         mbarrier.init(turns.index(group), count=1)
     mbarrier.arrive(turns.index(0))
+    b_64, h_64, row = b.to(gl.int64), h.to(gl.int64), first_q.to(gl.int64)  # what follows begins at the sequence
+    q += b_64 * q_stride_b + row * q_stride_s + h_64 * q_stride_h
+    at = ((b_64 * S_q + row) * H + h_64) * HEAD
+    out += at
+    if turned_q is not None:
+        turned_q += at
+    lse += (b_64 * H + h_64) * S_q + row
+    if position is not None:
+        position += b_64 * position_stride_b + row
     shared = (
-        q, q_stride_b, q_stride_s, q_stride_h, cos, sin, cos_stride, sin_stride, position, position_stride_b,
-        out, lse, turned_q, turned_stride_b, turned_stride_s,
+        q, q_stride_s, cos, sin, cos_stride, sin_stride, position, out, turned_q, H * HEAD, lse,
         q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
-        block, b, h, start, tiles, whole_start, whole_end, first_q, len_q, len_k, S_q, H, scale, softcap, left, right,
+        block, start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
     fetched = k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h // members, first_k + start, tiles
     gl.warp_specialize(

@@ -2,7 +2,7 @@
 
 A problem is "16 bit, 128, causal": the bits of an element, the elements of a head padded to a power of two, and causal,
 full or window; or, for every mask that has no entry of its own, "16 bit, 128". For the kernels of `hopper.py` it is
-"16 bit, 128, softcap" or, with or without, "16 bit, 128".
+"16 bit, 128", "16 bit, 128, softcap" or "16 bit, 128, softcap, packed": what takes more registers.
 
 What ships is reasoned, so that 16 bits spill nothing (`python -m bench.sm90`) and that sm_86, sm_89 and sm_120 have the
 shared memory, 99 KiB; it was not measured on a GPU yet.
@@ -44,16 +44,23 @@ def tile_for(kernel: str, q: Tensor, left: int, right: int) -> Tile:
     return Tile(*tiles.find(SHIPPED, kernel, tiles.generation(q.device), problems, len(Tile._fields)))
 
 
-def ring_for(kernel: str, q: Tensor, softcap: float) -> Ring:
+def ring_for(kernel: str, q: Tensor, softcap: float, packed: bool) -> Ring:
     """The ring of one of HOPPER for queries (…, D)."""
-    others = _others(q.element_size(), q.shape[-1])
-    problems = (f"{others}, softcap", others) if softcap else (others,)
+    problems = ring_problems(q.element_size(), q.shape[-1], softcap > 0, packed)
     return Ring(*tiles.find(SHIPPED, kernel, tiles.generation(q.device), problems, len(Ring._fields)))
 
 
 def problem(element_size: int, D: int, left: int, right: int) -> str:
     """The name of the most special one."""
     return _problems(element_size, D, left, right)[0]
+
+
+@functools.cache
+def ring_problems(element_size: int, D: int, softcap: bool, packed: bool) -> tuple[str, ...]:
+    """Their names, the most special one first."""
+    others = _others(element_size, D)
+    capped = f"{others}, softcap"
+    return (f"{capped}, packed",) * (softcap and packed) + (capped,) * softcap + (others,)
 
 
 @functools.cache
