@@ -167,7 +167,8 @@ def contenders(device: str, mask: str) -> dict[str, Attend]:
     own = partial(ours, backend="triton")
     return {
         "ours, triton": own,
-        **({f"ours, {each}": partial(ours, backend=each) for each in ("hopper", "sdpa")} if mask != "packed" else {}),
+        "ours, hopper": partial(ours, backend="hopper"),
+        **({} if mask == "packed" else {"ours, sdpa": partial(ours, backend="sdpa")}),
         "separate, triton": partial(separate, our_rotation, lambda q, k, v, *rest: own(q, k, v, None, None, *rest)),
         **{
             prefix + name: partial(separate, rotate, attend)

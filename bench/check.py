@@ -443,8 +443,8 @@ def _others(device: str, D: int, dtype: torch.dtype, way: str) -> list[str]:
     """Which of attention's backends can be asked for, apart from what is checked without asking."""
     if device != "cuda":
         return []
-    hopper = torch.cuda.get_device_capability()[0] == 9 and D in (64, 128) and dtype != torch.float32
-    return ["sdpa"] * (way in ("causal", "full")) + ["hopper"] * (hopper and way != "packed")
+    hopper = torch.cuda.get_device_capability()[0] == 9 and D <= 128 and dtype != torch.float32
+    return ["sdpa"] * (way in ("causal", "full")) + ["hopper"] * hopper
 
 
 def _attention(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str, options: dict[str, Any]) -> None:
