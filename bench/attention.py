@@ -15,6 +15,9 @@ run, and each size is a process of its own: where that crashes or hangs, the con
 (ours at that size) and the size begun again. FLOPs are 4·H·D for each query and key that see each other (half of S²
 where causal), 2.5 times that backward; ratios are a contender's time over the first one's. Results are written after
 every size.
+
+--pin puts the order of our implementations, by the mean of forward and backward times over all sizes of a problem, into
+the table that `rope_attention` chooses by: `~/.cache/ava_kernels/tiles.json`, or with --ship that of the package.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -34,11 +38,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ava_kernels import apply_rotary, rope_attention, rope_table
+from ava_kernels import apply_rotary, rope_attention, rope_table, tiles
+from ava_kernels.attention.tiles import SHIPPED, order_problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import machine
+from bench import machine, tables
 from bench.check import is_lost, relative_error
 from bench.experts import CACHE, WARM_UP, WRONG, follow
 
@@ -282,6 +287,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, help="minutes; what is not done by then is left out")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that a contender may take to compile")
     parser.add_argument("--without", action="append", default=[], help="a contender to leave out; repeatable")
+    parser.add_argument("--pin", action="store_true", help="choose by these results from now on")
+    parser.add_argument("--ship", action="store_true", help="and write that into the table that the package ships")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.runs < 3:
@@ -314,7 +321,30 @@ def main() -> int:
         result["not_run"] = [size.key() for size in todo]
         machine.write(results, result)
     print(machine.write(results, result))
+    if options.pin or options.ship:
+        generation = tiles.generation(torch.device(options.device))
+        for problem, order in orders(result["sizes"], 2 if options.device == "cuda" else 4).items():
+            tables.keep(SHIPPED if options.ship else tiles.cache_file(), generation, "attention", problem, order)
+            print(f"{problem}: {', '.join(order)}")
     return 0 if result["sizes"] else 1
+
+
+def orders(rows: list[dict[str, Any]], element_size: int) -> dict[str, list[str]]:
+    """→ of every problem, those of our implementations that did all of its sizes, the fastest first."""
+    logs: dict[str, dict[str, list[float]]] = {}
+    sizes: dict[str, int] = {}
+    for row in rows:
+        D, mask = row["size"]["D"], row["size"]["mask"]
+        problem = order_problem(element_size, D, -1, -1 if mask == "full" else 0, mask == "packed")
+        sizes[problem] = sizes.get(problem, 0) + 1
+        for name, figures in row["contenders"].items():
+            if name.startswith("ours, "):
+                total = figures["forward"]["median_ms"] + figures["backward"]["median_ms"]
+                logs.setdefault(problem, {}).setdefault(name.removeprefix("ours, "), []).append(math.log(total))
+    return {
+        problem: sorted((n for n in names if len(names[n]) == sizes[problem]), key=lambda n: sum(names[n]))
+        for problem, names in logs.items()
+    }
 
 
 def events_of(options: argparse.Namespace, size: Size, without: list[str], deadline: float) -> Iterator[dict[str, Any]]:

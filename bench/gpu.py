@@ -6,12 +6,12 @@
 
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
-(`bench.check`); how fast this GPU multiplies and copies; the operations at the shapes of published models (`SHARES`);
-better tiles for experts and attention where they are less ahead of a peer than they should be, and these timed again; a
-whole training step. What one does not use of its share of the time is left to the others. Results are JSON files in
-`bench/results`: `gpu_cuda.json` tells how every step went and is rewritten after each. The exit code is 0 if all went
-well, 1 if not, 2 without a GPU. `python -m bench.guard gpu` then compares with the baseline, `python -m bench.report`
-makes the page.
+(`bench.check`); how fast this GPU multiplies and copies; the operations at the shapes of published models (`SHARES`),
+after which attention is chosen by what was measured (`bench.attention --pin`); better tiles for experts and attention
+where they are less ahead of a peer than they should be, and these timed again; a whole training step. What one does not
+use of its share of the time is left to the others. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how
+every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU. `python -m
+bench.guard gpu` then compares with the baseline, `python -m bench.report` makes the page.
 
 Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
 `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
@@ -57,7 +57,8 @@ SHARES = {
     "loss": 0.04,
     "experts' tiles": 0.06,
     "experts, tuned": 0.03,
-    "attention's tiles": 0.04,
+    "hopper's tiles": 0.03,
+    "attention's tiles": 0.03,
     "attention, tuned": 0.02,
     "training step": 0.09,
 }
@@ -140,18 +141,22 @@ class Session:
             return ["-m", "bench.experts", "--device", self.device, *budget, *(["--rows", "0", *few] if cpu else [])]
         if name == "attention":
             small = ["--size", "1,32,2,1,16,causal", *few] if cpu else []
-            return ["-m", "bench.attention", "--device", self.device, *budget, *small]
+            return ["-m", "bench.attention", "--device", self.device, *budget, *(small if cpu else ["--pin"])]
         if name == "training step":
             return ["-m", "bench.training_step", *(["--size", "demo", *few] if cpu else budget)]
         operation = "experts" if "experts" in name else "attention"
         sizes = behind(machine.RESULTS / f"{operation}_{self.device}.json")
-        if cpu or not sizes:
+        kind = name.split("'")[0]
+        if cpu or not sizes or (kind == "hopper" and not self.is_hopper()):
             return None
         if "tiles" in name:
-            return ["-m", "bench.tune", operation, *budget, "--shapes", *sizes]
+            return ["-m", "bench.tune", kind, *budget, "--shapes", *sizes]
         again = [word for size in sizes for word in ("--size", size)]
         quick = ["--only-quick"] if operation == "experts" else []
         return ["-m", f"bench.{operation}", *budget, *quick, "--name", f"{operation}_cuda_tuned", *again]
+
+    def is_hopper(self) -> bool:
+        return torch.cuda.get_device_capability()[0] == 9
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -222,8 +227,10 @@ def experts_are_behind(row: dict[str, Any]) -> bool:
 
 
 def attention_is_behind(row: dict[str, Any]) -> bool:
-    """Our own kernels, of any peer, with its ratio to the first contender, in forward or backward."""
-    times, own = row["contenders"], row["contenders"].get("ours, triton")
+    """The faster of our own kernels, of any peer, in forward or backward."""
+    times = row["contenders"]
+    both = [times[name] for name in ("ours, triton", "ours, hopper") if name in times]
+    own = min(both, key=lambda it: it["forward"]["median_ms"] + it["backward"]["median_ms"], default=None)
     least = ATTENTION_AHEAD if row["size"]["S"] <= SHORT else LONG_AHEAD
     return own is not None and any(
         figures[direction]["median_ms"] < least * own[direction]["median_ms"]

@@ -179,8 +179,8 @@ def spread_of_ratios(numerators: list[float], denominators: list[float]) -> dict
 
 
 def lists_on_a_line(text: str) -> str:
-    """JSON in which a list of numbers takes one line."""
-    return re.sub(r"\[[\d\s,.-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    """JSON in which a list of numbers or words takes one line."""
+    return re.sub(r"\[[\w\s,.\"-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

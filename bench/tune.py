@@ -2,13 +2,14 @@
 
     python -m bench.tune experts [--shapes T,M,I,E,K …]
     python -m bench.tune attention [--shapes B,S,H_q,H_kv,D,causal|full|packed …]
-                                   [--budget MINUTES] [--dtype bfloat16] [--ship]
+    python -m bench.tune hopper [--shapes B,S,H_q,H_kv,D,causal|full|packed …]
+                        for each:  [--budget MINUTES] [--dtype bfloat16] [--ship]
 
-For one kernel after the other (of the experts: up, rows, back, weights; of attention: forward, keys, queries) every
-candidate that has the registers and the shared memory takes the place of the tile in use, and the whole pass that the
-kernel belongs to is timed, forward or backward. A candidate that does not compile, needs more memory than there is, or
-gives another result is passed over. What beats the tile in use by more than 1 % replaces it. A problem's kernels have
-equal parts of the time that is left.
+For one kernel after the other (of the experts: up, rows, back, weights; of attention: forward, keys, queries; of
+attention for Hopper: hopper_forward, hopper_keys, hopper_queries) every candidate that has the registers and the shared
+memory takes the place of the tile in use, and the whole pass that the kernel belongs to is timed, forward or backward.
+A candidate that does not compile, needs more memory than there is, or gives another result is passed over. What beats
+the tile in use by more than 1 % replaces it. A problem's kernels have equal parts of the time that is left.
 
 Results go, kernel by kernel as they are found, into `~/.cache/ava_kernels/tiles.json` (AVA_KERNELS_CACHE names another
 folder); with --ship into the operation's table in the package. Their form stands in `ava_kernels/tiles.py`. Routing and
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -38,7 +38,7 @@ from ava_kernels.attention import tiles as attention_tiles
 from ava_kernels.experts import tiles as experts_tiles
 from torch import Tensor
 
-from bench import machine
+from bench import machine, tables
 from bench.attention import Size
 
 GAIN = 1.01  # how much faster a candidate must be
@@ -144,6 +144,7 @@ class Attention(Problem):
     SHAPE = "B,S,H_q,H_kv,D,causal|full|packed"
     SHIPPED = attention_tiles.SHIPPED
     PASSES: ClassVar = {"forward": "forward", "keys": "backward", "queries": "backward"}
+    BACKEND: ClassVar = "triton"
 
     def __init__(self, shape: Size, dtype: torch.dtype, device: str):
         self.size = B, S, H_q, H_kv, D, mask = shape
@@ -183,14 +184,41 @@ class Attention(Problem):
     def forward(self) -> Tensor:
         q, k, v = self.leaves
         if self.size.mask != "packed":
-            return rope_attention(q, k, v, *self.table, causal=self.size.mask == "causal", backend="triton")
+            return rope_attention(q, k, v, *self.table, causal=self.size.mask == "causal", backend=self.BACKEND)
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         longest = self.size.S - self.size.S // 8 * 3
         packed = {"cu_seqlens": self.cu_seqlens, "max_seqlen": longest}
-        return rope_attention(*flat, *self.table, **packed, backend="triton").view_as(q)
+        return rope_attention(*flat, *self.table, **packed, backend=self.BACKEND).view_as(q)
 
 
-OPERATIONS: dict[str, type[Experts] | type[Attention]] = {"experts": Experts, "attention": Attention}
+class Hopper(Attention):
+    """By the kernels of `hopper.py`, whose rings are alike for every mask."""
+
+    SHAPES: ClassVar = [Size(4, 4096, 64, 8, D, "causal") for D in (128, 64)]
+    PASSES: ClassVar = {"hopper_forward": "forward", "hopper_keys": "backward", "hopper_queries": "backward"}
+    BACKEND: ClassVar = "hopper"
+
+    def __init__(self, shape: Size, dtype: torch.dtype, device: str):
+        super().__init__(shape, dtype, device)
+        self.name = attention_tiles.ring_problems(dtype.itemsize, shape.D, False)[0]
+
+    def tile_for(self, kernel: str) -> tuple[int, ...]:
+        return attention_tiles.ring_for(kernel, self.dout, 0.0)
+
+    def candidates(self, kernel: str) -> Iterator[tuple[int, ...]]:
+        """128 rows stay with a program, of two operands backward and of one forward."""
+        D = max(32, 1 << (self.size.D - 1).bit_length())
+        own = 128 * D * (1 if kernel == "hopper_forward" else 2)
+        for rows, stages in itertools.product((128, 64, 32, 16), (2, 3, 4, 5)):
+            if (own + 2 * stages * rows * D) * self.dout.element_size() <= SHARED_MEMORY:
+                yield attention_tiles.Ring(rows, stages)
+
+
+OPERATIONS: dict[str, type[Experts] | type[Attention]] = {
+    "experts": Experts,
+    "attention": Attention,
+    "hopper": Hopper,
+}
 
 
 def tune(problem: Problem, found: Path, deadline: float, runs: int) -> None:
@@ -206,7 +234,7 @@ def tune(problem: Problem, found: Path, deadline: float, runs: int) -> None:
             if time.monotonic() > until:
                 break
             tried += 1
-            _write(tiles.cache_file(), generation, kernel, problem.name, candidate)
+            tables.keep(tiles.cache_file(), generation, kernel, problem.name, candidate)
             try:
                 same = problem.results_like(truth)
                 seconds = problem.seconds(kernel, runs) if same else float("inf")
@@ -218,9 +246,9 @@ def tune(problem: Problem, found: Path, deadline: float, runs: int) -> None:
             failed += seconds == float("inf")
             if seconds * GAIN < best_seconds:
                 best, best_seconds = candidate, seconds
-        _write(tiles.cache_file(), generation, kernel, problem.name, best)
+        tables.keep(tiles.cache_file(), generation, kernel, problem.name, best)
         if best_seconds < first_seconds:
-            _write(found, generation, kernel, problem.name, best)
+            tables.keep(found, generation, kernel, problem.name, best)
         print(
             f"{problem.name} {kernel}: {tuple(best)}, {which} {1e3 * best_seconds:.3f} ms "
             f"({first_seconds / best_seconds:.2f}× the tile in use before; {tried} tried, {failed} failed)",
@@ -231,18 +259,6 @@ def tune(problem: Problem, found: Path, deadline: float, runs: int) -> None:
 def _random(device: str) -> Callable[..., Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)
-
-
-def _write(path: Path, generation: str, kernel: str, problem: str, tile: tuple[int, ...]) -> None:
-    """Puts one tile into the table at `path`, whole or not at all."""
-    table: tiles.Table = json.loads(path.read_text()) if path.is_file() else {}
-    table.setdefault(generation, {}).setdefault(kernel, {})[problem] = list(tile)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".tmp")
-    text = json.dumps(table, indent=1, ensure_ascii=False)
-    written.write_text(machine.lists_on_a_line(text) + "\n")
-    os.replace(written, path)
-    tiles.forget()
 
 
 def main() -> int:

@@ -1,11 +1,12 @@
-"""Tables of the tiles that kernels are cut into, by device, kernel and problem.
+"""Tables of the tiles that kernels are cut into, by device, kernel and problem; and of which kernels there are to be.
 
 An operation that has a choice ships its table beside its kernels, as `tiles.json`:
 
     {"sm_90": {"up": {"64×2048×1024 bfloat16": [128, 128, 64, 8, 4, 8, 1], "16 bit": …}, …}, "sm_80": …}
 
 A device takes the entries of the newest generation that is not newer than itself. How a problem is called, and what
-the numbers of a tile are, the operation's own `tiles.py` says. `python -m bench.tune` searches for better tiles on a
+the numbers of a tile are, the operation's own `tiles.py` says; where it can choose between implementations, their names
+stand in the place of numbers, the fastest first. `python -m bench.tune` searches for better tiles on a
 GPU and keeps what it finds in one file of the same form for all operations, whose kernels have different names:
 `~/.cache/ava_kernels/tiles.json` (`AVA_KERNELS_CACHE` names another folder). It goes before the tables. Nothing is
 searched for while a model trains.
@@ -17,12 +18,13 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 NEWEST = (9, 0)  # what a machine without a GPU compiles for
 
-Table = dict[str, dict[str, dict[str, list[int]]]]
+Table = dict[str, dict[str, dict[str, list[Any]]]]
 
 
 @functools.cache
@@ -32,6 +34,25 @@ def find(shipped: Path, kernel: str, generation: str, problems: tuple[str, ...],
     The user's file goes before the one that ships. Raises ValueError if a file is there and is no such table, or if the
     tile has not that many numbers; RuntimeError if no table has the tile.
     """
+    path, problem, tile = _entry(shipped, kernel, generation, problems)
+    if len(tile) != numbers or not all(type(number) is int for number in tile):
+        raise _no_table(path, f"{kernel}, {problem}: {tile} are not {numbers} numbers")
+    return tile
+
+
+@functools.cache
+def find_order(
+    shipped: Path, operation: str, generation: str, problems: tuple[str, ...], known: tuple[str, ...]
+) -> list[str]:
+    """→ names of implementations, the fastest first, found as tiles are. Raises as `find`: ValueError for a name that
+    is not among `known`, too."""
+    path, problem, names = _entry(shipped, operation, generation, problems)
+    if not names or not set(names) <= set(known):
+        raise _no_table(path, f"{operation}, {problem}: {names} are not some of {', '.join(known)}")
+    return names
+
+
+def _entry(shipped: Path, kernel: str, generation: str, problems: tuple[str, ...]) -> tuple[Path, str, list[Any]]:
     for path in (cache_file(), shipped):
         table = _read(path)
         generations = [name for name in table if name.startswith("sm_") and int(name[3:]) <= int(generation[3:])]
@@ -39,10 +60,8 @@ def find(shipped: Path, kernel: str, generation: str, problems: tuple[str, ...],
             entries = table[name].get(kernel, {})
             for problem in problems:
                 if problem in entries:
-                    if len(entries[problem]) != numbers:
-                        raise _no_table(path, f"{kernel}, {problem}: {entries[problem]} are not {numbers} numbers")
-                    return entries[problem]
-    raise RuntimeError(f"{shipped} has no tile of {kernel} for {generation} and {problems[-1]}")  # older than sm_80
+                    return path, problem, entries[problem]
+    raise RuntimeError(f"{shipped} has nothing of {kernel} for {generation} and {problems[-1]}")  # older than sm_80
 
 
 def cache_file() -> Path:
@@ -52,6 +71,7 @@ def cache_file() -> Path:
 def forget() -> None:
     """Reads the tables again at the next launch."""
     find.cache_clear()
+    find_order.cache_clear()
 
 
 def _read(path: Path) -> Table:
@@ -61,8 +81,8 @@ def _read(path: Path) -> Table:
         table = json.loads(path.read_text())
         for kernels in table.values():
             for entries in kernels.values():
-                for problem, tile in entries.items():
-                    entries[problem] = [int(number) for number in tile]
+                if not all(isinstance(entry, list) for entry in entries.values()):
+                    raise ValueError(f"{entries}: entries are lists")
     except (ValueError, TypeError, AttributeError) as error:
         raise _no_table(path, str(error)) from None
     return table

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from ava_kernels import tiles
+from ava_kernels.attention.tiles import order_for
 
 from bench import attention, machine
 
@@ -30,6 +32,43 @@ def test_all_contenders_compute_the_same(mask):
     pairs = {"causal": 32**2 / 2, "full": 32**2, "packed": (4**2 + 8**2 + 20**2) / 2}[mask]
     forward = row["contenders"]["ours"]["forward"]
     assert forward["tflops"] * forward["median_ms"] * 1e9 == pytest.approx(2 * 4 * 4 * 16 * pairs)
+
+
+def test_what_was_measured_is_chosen_by_from_then_on(monkeypatch, tmp_path, capsys):
+    """Of every problem the faster over all its sizes, forward and backward together, and nobody who failed at one."""
+
+    def row(S, D, mask, **milliseconds):
+        size = {"B": 1, "S": S, "H_q": 1, "H_kv": 1, "D": D, "mask": mask}
+        return {
+            "size": size,
+            "contenders": {
+                name: {"forward": {"median_ms": forward}, "backward": {"median_ms": backward}}
+                for name, (forward, backward) in milliseconds.items()
+            },
+        }
+
+    ours = {f"ours, {name}": (1.0, 3.0) for name in ("triton", "hopper", "sdpa")} | {"cuDNN": (0.1, 0.1)}
+    rows = [
+        row(32, 128, "causal", **ours | {"ours, hopper": (2.0, 1.0), "separate, triton": (0.1, 0.1)}),
+        row(64, 100, "causal", **ours | {"ours, hopper": (2.0, 2.1), "ours, sdpa": (1.0, 3.2)}),
+        row(32, 64, "packed", **{"ours, triton": (1.0, 1.0), "ours, hopper": (1.0, 1.1)}),
+        row(64, 64, "packed", **{"ours, triton": (1.0, 1.0)}),
+    ]
+    expected = {"16 bit, 128, causal": ["hopper", "triton", "sdpa"], "16 bit, 64, packed": ["triton"]}
+    assert attention.orders(rows, 2) == expected
+    monkeypatch.setenv("AVA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(attention, "events_of", lambda options, size, *_: [{"row": rows.pop(0)}])
+    monkeypatch.setattr(attention, "_print", lambda row: None)
+    monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda", "--pin", *["--size", "1,8,1,1,8,causal"] * 4])
+    monkeypatch.setattr(tiles, "generation", lambda device: "sm_90")
+    assert attention.main() == 0
+    assert "16 bit, 128, causal: hopper, triton, sdpa" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tiles.json").read_text()) == {"sm_90": {"attention": expected}}
+    for problem, order in expected.items():
+        assert list(order_for(torch.device("cuda"), problem)) == order
+    assert order_for(torch.device("cuda"), "16 bit, 64, full") == ("sdpa", "triton")
+    tiles.forget()
 
 
 def test_a_wrong_or_failing_contender_is_not_timed(monkeypatch):

@@ -116,6 +116,7 @@ def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(
     session = gpu.Session("cuda", time.monotonic() + 1000, tmp_path)
     done = []
     monkeypatch.setattr(session, "build_extension", lambda: None)
+    monkeypatch.setattr(session, "is_hopper", lambda: True)
     monkeypatch.setattr(session, "check", lambda group: done.append(f"check {group[0]}") or [])
 
     def step(name, arguments, limit, echo=""):
@@ -128,13 +129,15 @@ def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(
     monkeypatch.setattr(session, "step", step)
     assert session.run() == 1
     after = ["ceilings", "experts", "attention", "routing", "gradients", "rotary", "loss"]
-    tuned = ["experts' tiles", "experts, tuned", "attention's tiles", "attention, tuned"]
+    tuned = ["experts' tiles", "experts, tuned", "hopper's tiles", "attention's tiles", "attention, tuned"]
     assert [name for name in done if "check" not in name] == [*after, *tuned, "training step"]
     assert "check" not in " ".join(done[done.index("ceilings") :])
     assert commands["experts' tiles"][-2:] == ["--shapes", "16,4,2,1,1"]
     shapes = ["1,2048,16,4,64,causal", "1,16384,16,4,64,causal"]
-    assert commands["attention's tiles"][1:3] == ["bench.tune", "attention"]
-    assert commands["attention's tiles"][-3:] == ["--shapes", *shapes]
+    for name, operation in (("attention's tiles", "attention"), ("hopper's tiles", "hopper")):
+        assert commands[name][1:3] == ["bench.tune", operation]
+        assert commands[name][-3:] == ["--shapes", *shapes]
+    assert "--pin" in commands["attention"]
     assert commands["attention, tuned"][-4:] == ["--size", shapes[0], "--size", shapes[1]]
     assert commands["experts, tuned"][-2:] == ["--size", "16,4,2,1,1"]
     assert limits[-1] == pytest.approx(1020, abs=20)  # nobody used any time

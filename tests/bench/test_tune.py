@@ -6,9 +6,11 @@ import json
 import os
 from itertools import islice
 
+import gluon_on_cpu
 import pytest
 import torch
 from ava_kernels import tiles
+from ava_kernels.attention import hopper
 
 from bench import tune
 
@@ -135,3 +137,20 @@ def test_says_what_is_missing_without_a_gpu(tmp_path, run, monkeypatch):
     monkeypatch.delenv("AVA_KERNELS_BACKEND")
     assert run("attention") == (2, "", "bench.tune needs a GPU, and torch finds none here\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_rings_of_hopper_are_searched(tmp_path, run, monkeypatch):
+    """Its kernels run warp by warp on this CPU."""
+    monkeypatch.setattr(hopper, "runs_on", lambda q: True)
+    monkeypatch.setattr(tune.Hopper, "candidates", lambda self, kernel: iter([tune.attention_tiles.Ring(32, 3)]))
+    slow = [16, 2]
+    entry = {"sm_90": {kernel: {"16 bit, 32": slow} for kernel in tune.Hopper.PASSES}}
+    (tmp_path / "tiles.json").write_text(json.dumps(entry))
+    with gluon_on_cpu.emulated():
+        code, out, err = run("hopper", "--shapes", "1,200,2,1,32,causal", "--dtype", "float16", "--runs", "1")
+    assert code == 0, err
+    for kernel in tune.Hopper.PASSES:
+        assert f"16 bit, 32 {kernel}: " in out
+    assert out.count("1 tried, 0 failed") == 3
+    table = json.loads((tmp_path / "tiles.json").read_text())
+    assert table["sm_90"]["hopper_forward"]["16 bit, 32"] in (slow, [32, 3])

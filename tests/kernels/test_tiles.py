@@ -45,8 +45,8 @@ def test_the_shipped_table_has_a_tile_for_every_kernel_dtype_and_generation(monk
             assert all(size & (size - 1) == 0 and size >= 16 for size in found[:2])
     monkeypatch.setattr(tiles, "NEWEST", (9, 0))
     tiles.capability.cache_clear()
-    for kernel, D, softcap, packed in itertools.product(attention.HOPPER, (8, 40, 64, 128), (0.0, 5.0), (False, True)):
-        found = attention.ring_for(kernel, torch.empty(0, D, dtype=torch.float16), softcap, packed)
+    for kernel, D, softcap in itertools.product(attention.HOPPER, (8, 40, 64, 128), (0.0, 5.0)):
+        found = attention.ring_for(kernel, torch.empty(0, D, dtype=torch.float16), softcap)
         assert found.rows & (found.rows - 1) == 0
         assert found.stages > 1
 
@@ -93,19 +93,13 @@ def test_attention_has_tiles_by_head_and_mask(tmp_path):
     assert tile("keys", 128, causal) == shipped
 
 
-def test_rings_of_hopper_by_head_and_what_takes_registers(tmp_path):
-    every, capped, both = [128, 2], [64, 3], [32, 4]
-    entries = {"16 bit, 128": every, "16 bit, 128, softcap": capped, "16 bit, 128, softcap, packed": both}
-    own(tmp_path, {"sm_90": {"hopper_keys": entries}})
+def test_rings_of_hopper_by_head_and_softcap(tmp_path):
+    every, capped = [128, 2], [64, 3]
+    own(tmp_path, {"sm_90": {"hopper_keys": {"16 bit, 128": every, "16 bit, 128, softcap": capped}}})
     q = torch.empty(0, 100, dtype=torch.bfloat16)
-    for (softcap, packed), ring in {
-        (0.0, False): every,
-        (0.0, True): every,
-        (5.0, False): capped,
-        (5.0, True): both,
-    }.items():
-        assert attention.ring_for("hopper_keys", q, softcap, packed) == attention.Ring(*ring)
-    assert attention.ring_for("hopper_queries", q, 0.0, False) != attention.Ring(*every)  # the table's
+    assert attention.ring_for("hopper_keys", q, 0.0) == attention.Ring(*every)
+    assert attention.ring_for("hopper_keys", q, 5.0) == attention.Ring(*capped)
+    assert attention.ring_for("hopper_queries", q, 0.0) != attention.Ring(*every)  # the table's
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"sm_90": {"up": {"16 bit": [1, 2]}}}', '{"sm_90": {"up": 3}}'])

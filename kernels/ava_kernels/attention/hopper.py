@@ -17,7 +17,8 @@ up to 128 elements, with any mask, cap and rotation, packed or not. A packed doc
 alone: a tile that reaches into the next one has what is not its own set to 0 in shared memory, where TMA would have
 set it to 0 at the end of a sequence.
 
-Not run on a GPU yet, so taken only where `backend="hopper"` asks for it. What is known of it: it compiles for sm_90
+Not run on a GPU yet, so taken only where `backend="hopper"` asks for it or a table of what was measured has it first
+(`tiles.py`). What is known of it: it compiles for sm_90
 without spills (`python -m bench.sm90`), and its tests run every warp of it on a CPU, against the definition.
 """
 
@@ -48,7 +49,12 @@ def takes(q: Tensor) -> bool:
 
 
 def runs_on(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return q.is_cuda and _has_capability_9(q.device.index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_capability_9(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 def forward(
@@ -79,7 +85,7 @@ def forward(
     if cu_q is not None or not (blocks and sequences and S_k):
         out, lse = out.zero_(), lse.fill_(float("-inf"))  # behind the last document there may be rows
     if blocks and sequences and S_k:
-        ring = ring_for("hopper_forward", q, shape.softcap, cu_q is not None)
+        ring = ring_for("hopper_forward", q, shape.softcap)
         hopper_forward._hopper_forward[(blocks * sequences * H_q,)](
             q,
             *q.stride()[:3],
@@ -137,7 +143,7 @@ def backward(
     arguments = lse, dots, *_table(*table)
     numbers = H_q // H_kv, *_numbers(shape)
     constants = _constants(shape, D, table[0])
-    ring = ring_for("hopper_keys", q, shape.softcap, cu_q is not None)
+    ring = ring_for("hopper_keys", q, shape.softcap)
     blocks = triton.cdiv(shape.max_k, 2 * OWN)
     hopper_backward._hopper_keys[(blocks * sequences * H_kv,)](
         *(_heads(k, OWN), _heads(v, OWN), _heads(q, ring.rows), _heads(dout, ring.rows)),
@@ -147,7 +153,7 @@ def backward(
         BM=ring.rows,
         STAGES=ring.stages,
     )
-    ring = ring_for("hopper_queries", q, shape.softcap, cu_q is not None)
+    ring = ring_for("hopper_queries", q, shape.softcap)
     blocks = triton.cdiv(shape.max_q, 2 * OWN)
     hopper_backward._hopper_queries[(blocks * sequences * H_q,)](
         *(_heads(q, OWN), _heads(dout, OWN), _heads(k, ring.rows), _heads(v, ring.rows)),

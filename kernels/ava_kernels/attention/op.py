@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from ava_kernels.attention import reference, sdpa
+from ava_kernels.attention import reference, sdpa, tiles
 from ava_kernels.backend import runs_on_triton
 from ava_kernels.rotary.op import places
 
@@ -94,9 +94,10 @@ def rope_attention(
 
     `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py`, for H100 and H200, 16 bits and D
     of a multiple of 8 up to 128; "sdpa", a rotation and torch's fastest attention, which has neither windows other than
-    causal ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By default "sdpa" for what it
-    has and "triton" for the rest on a GPU, "torch" elsewhere. All but "sdpa" give the same bits for the same input;
-    `deterministic` refuses "sdpa", whose gradient need not.
+    causal ones, nor softcap, lse or packing; "torch", the definition (`reference.py`). By default "torch" without a
+    GPU, and on one the first that has what is asked for, in the order that a table gives (`tiles.py`): as it ships
+    "sdpa", then "triton". All but "sdpa" give the same bits for the same input; `deterministic` refuses "sdpa", whose
+    gradient need not.
 
     Raises ValueError, naming the argument.
     """
@@ -107,7 +108,7 @@ def rope_attention(
     if causal:
         right = 0 if right < 0 else min(right, 0)
     plain = not packed and left < 0 and right <= 0 and not softcap and not return_lse
-    chosen = _choose(backend, q, plain and not deterministic)
+    chosen = _choose(backend, q, left, right, packed, plain and not deterministic)
     if chosen == "sdpa":
         if not plain or deterministic:
             raise ValueError(
@@ -164,20 +165,40 @@ def attention(
     return out, lse
 
 
-def _choose(backend: str | None, q: Tensor, sdpa_has_it: bool) -> str:
+def _choose(backend: str | None, q: Tensor, left: int, right: int, packed: bool, sdpa_has_it: bool) -> str:
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper', 'sdpa' or 'torch', or None")
     if backend is not None:
         return backend
     if not runs_on_triton(q):
         return "torch"
-    return "sdpa" if sdpa_has_it and q.is_cuda else "triton"
+    if q.is_cuda:
+        problem = tiles.order_problem(q.element_size(), q.shape[-1], left, right, packed)
+        for name in _order(q.device.index, problem):
+            if name == "sdpa" and sdpa_has_it:
+                return name
+            if name == "hopper" and _hopper_takes(q):
+                return name
+            if name == "triton":
+                break
+    return "triton"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a table is read
+def _order(index: int, problem: str) -> tuple[str, ...]:
+    return tiles.order_for(torch.device("cuda", index), problem)
+
+
+def _hopper_takes(q: Tensor) -> bool:
+    from ava_kernels.attention import hopper  # triton is not installed everywhere
+
+    return hopper.takes(q) and hopper.runs_on(q)
 
 
 def _check_hopper(q: Tensor) -> None:
-    from ava_kernels.attention import hopper  # triton is not installed everywhere
+    from ava_kernels.attention import hopper
 
-    if not hopper.takes(q) or not hopper.runs_on(q):
+    if not _hopper_takes(q):
         raise ValueError(
             f"backend is 'hopper', which is for float16 and bfloat16, heads of a multiple of 8 up to "
             f"{hopper.PADDED[-1]}, and a GPU of compute capability 9; given are {q.dtype}, heads of {q.shape[-1]}, on "
