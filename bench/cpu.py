@@ -26,6 +26,7 @@ SUITES: dict[str, tuple[int, float, list[str]]] = {
     "ceilings": (0, 0.2, []),
     "gradients": (0, 0.2, []),
     "rotary": (0, 0.2, []),
+    "norm": (0, 0.6, []),
     "loss": (0, 0.3, []),
     "routing": (0, 0.8, ["--budget", "{m}"]),
     "attention": (0, 0.4, []),

@@ -119,6 +119,8 @@ def size_of(contents: dict[str, Any], row: dict[str, Any]) -> str:
     size = row.get("size", {})
     if "V" in size:
         return "{T:,} tokens, width {M:,}, {V:,} words".format(**size)
+    if "kind" in size:
+        return "{R:,} rows of {N:,}, {kind}".format(**size)
     if "H_q" in size:
         return "batch {B}, length {S:,}, heads {H_q}/{H_kv} of {D}, {mask}".format(**size)
     return f"{contents['tokens']:,} tokens, {row['experts']} experts, K {row['top_k']}"

@@ -50,10 +50,11 @@ CHECKS = [
 # Of the time that is left after checks and ceilings; the most telling first.
 SHARES = {
     "experts": 0.33,
-    "attention": 0.25,
+    "attention": 0.22,
     "routing": 0.05,
     "gradients": 0.06,
     "rotary": 0.03,
+    "norm": 0.03,
     "loss": 0.04,
     "experts' tiles": 0.06,
     "experts, tuned": 0.03,
@@ -134,8 +135,8 @@ class Session:
         if name in ("routing", "gradients"):
             small = {"routing": ["--tokens", "256"], "gradients": ["--elements", "100000", "--tensors", "50"]}[name]
             return ["-m", f"bench.{name}", *(small + few if cpu else [])]
-        if name in ("rotary", "loss"):
-            size = {"rotary": "1,32,2,1,16,causal", "loss": "64,16,100"}[name]
+        if name in ("rotary", "norm", "loss"):
+            size = {"rotary": "1,32,2,1,16,causal", "norm": "64,16,residual", "loss": "64,16,100"}[name]
             return ["-m", f"bench.{name}", *(["--size", size, *few] if cpu else [])]
         if name == "experts":
             return ["-m", "bench.experts", "--device", self.device, *budget, *(["--rows", "0", *few] if cpu else [])]

@@ -294,7 +294,7 @@ def shares(results: Path) -> tuple[str, dict[str, float]]:
     ceilings = _result(results, "ceilings")
     tflops, gb = ceilings["matmul"]["tflops"], ceilings["copy"]["gb_per_second"]
     found = {}
-    for name in ("experts", "attention", "routing", "gradients", "rotary", "loss"):
+    for name in ("experts", "attention", "routing", "gradients", "rotary", "norm", "loss"):
         try:
             result = _result(results, name)
         except Incomparable:

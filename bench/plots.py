@@ -19,6 +19,7 @@ COLOURS = {
     "routing": "#8a63a8",
     "gradients": "#d99a2b",
     "loss": "#3aa6a6",
+    "norm": "#b58db6",
     "data": "#6b6b6b",
 }
 

@@ -26,6 +26,7 @@ TITLES = {
     "rotary": "The rotation alone",
     "routing": "Routing",
     "gradients": "Gradient statistics and clipping",
+    "norm": "RMSNorm",
     "loss": "The loss over the vocabulary",
     "loader": "Reading batches from shards",
     "data": "Preparing text",
@@ -33,7 +34,7 @@ TITLES = {
     "startup": "Start-up",
     "ceilings": "What the machine can do",
 }
-ON_A_GPU = ("ceilings", "experts", "attention", "rotary", "routing", "gradients", "loss", "training_step")
+ON_A_GPU = ("ceilings", "experts", "attention", "rotary", "routing", "gradients", "norm", "loss", "training_step")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# Benchmarks
 

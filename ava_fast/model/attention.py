@@ -7,6 +7,7 @@ from ava_kernels import apply_rotary, rope_attention
 from torch import Tensor, nn
 
 from ava_fast.config import Config
+from ava_fast.model.norm import RMSNorm
 
 KeyValues = tuple[Tensor, Tensor]
 
@@ -23,8 +24,8 @@ class Attention(nn.Module):
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(model.hidden_size, rows, bias=model.attention_bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, model.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if model.qk_norm else None
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from ava_fast.config import Config
 from ava_fast.model.attention import Attention, KeyValues
 from ava_fast.model.head import Head
 from ava_fast.model.moe import DenseMlp, MoeBlock, Routed
+from ava_fast.model.norm import RMSNorm
 from ava_fast.parts import part
 
 
@@ -160,5 +161,5 @@ def _without_cache(
 
 
 def _norm(config: Config) -> nn.Module:
-    norm = nn.RMSNorm if config.model.norm == "rmsnorm" else nn.LayerNorm
+    norm = RMSNorm if config.model.norm == "rmsnorm" else nn.LayerNorm
     return norm(config.model.hidden_size, eps=config.model.norm_eps)

@@ -128,7 +128,7 @@ def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(
     commands, limits = {}, []
     monkeypatch.setattr(session, "step", step)
     assert session.run() == 1
-    after = ["ceilings", "experts", "attention", "routing", "gradients", "rotary", "loss"]
+    after = ["ceilings", "experts", "attention", "routing", "gradients", "rotary", "norm", "loss"]
     tuned = ["experts' tiles", "experts, tuned", "hopper's tiles", "attention's tiles", "attention, tuned"]
     assert [name for name in done if "check" not in name] == [*after, *tuned, "training step"]
     assert "check" not in " ".join(done[done.index("ceilings") :])
@@ -149,7 +149,7 @@ def test_the_steps_are_commands_that_work(tmp_path, monkeypatch, small_and_seede
     """On a CPU; the longest have tests of their own."""
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     session = gpu.Session("cpu", time.monotonic() + 600, tmp_path)
-    for name in ("rotary", "loss", "routing"):
+    for name in ("rotary", "norm", "loss", "routing"):
         _, module, *arguments = session.arguments(name, True)
         monkeypatch.setattr("sys.argv", [name, *arguments])
         importlib.import_module(module).main()
