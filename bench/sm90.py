@@ -111,9 +111,10 @@ def moe_mlp(
     activation: str = "swiglu",
     transposed: bool = False,
     sums: bool = False,
+    hopper: bool = False,
 ) -> Callable[[], None]:
     """A forward and backward pass of the experts' MLP; `transposed` weights have their rows and columns swapped in
-    memory, `sums` adds their gradients to float32 tensors."""
+    memory, `sums` adds their gradients to float32 tensors; `hopper`: by those kernels."""
 
     def run() -> None:
         H = 2 * I if activation in experts.GATED else I
@@ -126,9 +127,9 @@ def moe_mlp(
 
         x, gate_up, down = empty(T, M, dtype=dtype), weights(H, M), weights(M, I)
         pairs = empty(T, K, dtype=torch.float32), empty(T * K), empty(T * K), empty(E + 1)[1:]
-        out, h = experts.forward(x, gate_up, down, *pairs, activation)
+        out, h = experts.forward(x, gate_up, down, *pairs, activation, hopper)
         added = [empty(*w.shape, dtype=torch.float32) if sums else None for w in (gate_up, down)]
-        experts.backward(out, x, gate_up, down, *pairs, h, activation, [True] * 4, *added)
+        experts.backward(out, x, gate_up, down, *pairs, h, activation, [True] * 4, *added, hopper)
 
     return run
 
@@ -212,6 +213,11 @@ CASES = {
     ),
     "attention 96, packed, hopper": attention(4, 4096, 16, 16, 96, packed=True, hopper=True),
     "attention 32, hopper": attention(4, 4096, 16, 16, 32, hopper=True),
+    "moe_mlp 32768×2048, 64/8 of 1024, hopper": moe_mlp(32768, 2048, 1024, 64, 8, hopper=True),
+    "moe_mlp, geglu, fp16, transposed, hopper": moe_mlp(
+        32768, 2048, 1024, 64, 8, torch.float16, "geglu", transposed=True, hopper=True
+    ),
+    "moe_mlp, odd sizes, hopper": moe_mlp(1000, 1000, 504, 8, 2, hopper=True),
     "attention 32": attention(4, 4096, 16, 16, 32),
     "attention 256, fp16": attention(4, 4096, 16, 16, 256, torch.float16),
     "attention 64, fp32": attention(4, 1024, 16, 16, 64, torch.float32),

@@ -29,6 +29,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -56,6 +57,7 @@ class Memory:
         self._whole = whole or self
         self._parts: dict[int, Memory] = {}
         self.unfenced: set[int] = set()  # threads that stored to it
+        self.copied: set[int] = set()  # threads whose asynchronous copies landed in it
 
     def index(self, i: Any) -> Memory:
         return self._parts.setdefault(int(i), Memory(self.data[int(i)]))
@@ -86,12 +88,19 @@ class Memory:
     def for_tensor_cores(self) -> torch.Tensor:
         """As products of this group see it: another group may store the same, and reads it for itself."""
         assert threading.get_ident() not in self._whole.unfenced, "stored to without fence_async_shared()"
+        assert not self._whole.copied, "copied to without fence_async_shared()"
         return self.data
 
     def for_fetching(self) -> torch.Tensor:
         """As TMA sees it."""
         assert not self._whole.unfenced, "stored to without fence_async_shared()"
         return self.data
+
+    def land(self, values: torch.Tensor) -> None:
+        """Of an asynchronous copy, which somebody waited for."""
+        self.data.copy_(values)
+        self._whole.copied.add(threading.get_ident())
+        _program.stored.append(self._whole)
 
 
 class Barrier:
@@ -128,9 +137,13 @@ class Product:
         if _program.random.random() < 0.5:
             self.finish()
 
-    def finish(self) -> None:
+    def finish(self) -> torch.Tensor:
         if self.value is None:
             self.value = self._compute()
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("a product is used that is still under way")
 
 
 def _warpgroup_mma(a: Any, b: Memory, acc: torch.Tensor, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -139,7 +152,9 @@ def _warpgroup_mma(a: Any, b: Memory, acc: torch.Tensor, *, use_acc: bool = True
         right = b.for_tensor_cores()
         assert left.dtype == right.dtype
         product = left.float() @ right.float()
-        return product + acc if use_acc else product
+        if not use_acc:
+            return product
+        return product + (acc.finish() if isinstance(acc, Product) else acc)
 
     if not is_async:
         return compute()
@@ -151,14 +166,31 @@ def _warpgroup_mma(a: Any, b: Memory, acc: torch.Tensor, *, use_acc: bool = True
 def _warpgroup_mma_wait(number: int, deps: tuple[Product, ...]) -> Any:
     while len(_program.pending) > number:
         _program.pending.pop(0).finish()
-    assert not any(dep in _program.pending for dep in deps), "a product is used that is still under way"
-    values = tuple(dep.value for dep in deps)
+    under_way = set(map(id, _program.pending))
+    values = tuple(dep if id(dep) in under_way or not isinstance(dep, Product) else dep.value for dep in deps)
     return values[0] if len(values) == 1 else values
 
 
 def _fence_async_shared() -> None:
     while _program.stored:
-        _program.stored.pop().unfenced.discard(threading.get_ident())
+        memory = _program.stored.pop()
+        memory.unfenced.discard(threading.get_ident())
+        memory.copied.discard(threading.get_ident())
+
+
+def _copy(target: Memory, pointer: Pointer, mask: Any = True) -> None:
+    _program.copies.append((target, _load(pointer, mask)))
+
+
+def _commit_group() -> None:
+    _program.groups.append(_program.copies)
+    _program.copies = []
+
+
+def _wait_group(number: int) -> None:
+    while len(_program.groups) > number:
+        for target, values in _program.groups.pop(0):
+            target.land(values)
 
 
 def _fetch(descriptor: Any, place: list[Any], barrier: Barrier, target: Memory) -> None:
@@ -221,6 +253,7 @@ def _warp_specialize(functions: list[tuple[Callable[..., None], tuple[Any, ...]]
         try:
             function(*arguments)
             assert not _program.pending, "a product is never waited for"
+            assert not [*_program.copies, *_program.groups], "a copy is never waited for"
         except BaseException as error:
             failures.append(error)
 
@@ -235,7 +268,7 @@ def _warp_specialize(functions: list[tuple[Callable[..., None], tuple[Any, ...]]
 
 def _begin(number: int, seed: float) -> None:
     _program.number, _program.random = number, random.Random(seed)
-    _program.pending, _program.stored = [], []
+    _program.pending, _program.stored, _program.copies, _program.groups = [], [], [], []
 
 
 def _both(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -249,6 +282,7 @@ def _of_a_layout(x: torch.Tensor) -> torch.Tensor:
 
 class _Block(torch.Tensor):
     type = types.SimpleNamespace(layout=None)  # type: ignore[assignment]
+    __iadd__ = torch.Tensor.__add__  # names stand for values: another name for the same one keeps it
 
 
 def _no_layout(*_: Any, **__: Any) -> None:
@@ -258,7 +292,7 @@ def _no_layout(*_: Any, **__: Any) -> None:
 _no_layout.get_default_for = _no_layout  # type: ignore[attr-defined]
 LANGUAGE = types.SimpleNamespace(
     **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "float16", "bfloat16", "where")},
-    **{name: getattr(torch, name) for name in ("exp", "exp2", "log2", "zeros_like")},
+    **{name: getattr(torch, name) for name in ("erf", "exp", "exp2", "log2", "zeros_like")},
     **dict.fromkeys(("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout"), _no_layout),
     NVMMASharedLayout=_no_layout,
     constexpr=lambda value: value,
@@ -303,7 +337,14 @@ BARRIERS = types.SimpleNamespace(
     wait=lambda barrier, phase: barrier.wait(phase),
 )
 FETCH = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-STAND_INS = {id(gl): LANGUAGE, id(hopper): HOPPER, id(mbarrier): BARRIERS, id(FETCH): _fetch}
+COPIES = types.SimpleNamespace(async_copy_global_to_shared=_copy, commit_group=_commit_group, wait_group=_wait_group)
+STAND_INS = {
+    id(gl): LANGUAGE,
+    id(hopper): HOPPER,
+    id(mbarrier): BARRIERS,
+    id(FETCH): _fetch,
+    id(async_copy): COPIES,
+}
 
 
 @functools.cache
@@ -346,7 +387,8 @@ def _argument(value: Any) -> Any:
 
 def _scalar(value: int) -> torch.Tensor:
     """As wide as Triton makes it: 32 bits where they are enough, which then overflow."""
-    return torch.tensor([value], dtype=torch.int32 if -(2**31) <= value < 2**31 else torch.int64)
+    number = torch.tensor([value], dtype=torch.int32 if -(2**31) <= value < 2**31 else torch.int64)
+    return number.as_subclass(_Block)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,11 +56,27 @@ def forward(
     slot: Tensor,
     ends: Tensor,
     activation: str,
+    on_hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.forward` on the device, without waiting for it."""
+    """`reference.forward` on the device, without waiting for it; `on_hopper`, by `hopper.py` where that can."""
     (E, H, M), I, N = gate_up.shape, down.shape[2], len(token)
     x = _with_whole_rows(x)
     h, a = x.new_empty(N, H), x.new_empty(N, I)
+    if not (on_hopper and _for_hopper().up(x, gate_up, token, ends, h, a, activation)):
+        _up_product(x, gate_up, token, ends, h, a, activation)
+    y = _rows_product(a, down.mT, ends, tile_for("rows", x, E, M, I), on_hopper=on_hopper)
+    return row_kernels.sum_rows(y, _row_of_pair(token, slot, ends, weight.shape), weight), h
+
+
+def _for_hopper() -> ModuleType:
+    from ava_kernels.experts import hopper  # Gluon is not in every Triton
+
+    return hopper
+
+
+def _up_product(x: Tensor, gate_up: Tensor, token: Tensor, ends: Tensor, h: Tensor, a: Tensor, activation: str) -> None:
+    """h (N, H) and a (N, I), of rows of x (T, M)."""
+    (E, _, M), (N, I) = gate_up.shape, a.shape
     t = tile_for("up", x, E, M, I)
     w, w_strides, W = _right(gate_up.mT, t.BN, t.BK)
     _up[_grid(t, x.device, N, E, I)](
@@ -80,8 +97,6 @@ def forward(
         WHOLE=M % t.BK == 0,
         **_constants(t, x, E, M, I),
     )
-    y = _rows_product(a, down.mT, ends, tile_for("rows", x, E, M, I))
-    return row_kernels.sum_rows(y, _row_of_pair(token, slot, ends, weight.shape), weight), h
 
 
 def backward(
@@ -98,18 +113,56 @@ def backward(
     needs: list[bool],
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
+    on_hopper: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`reference.backward` on the device, without waiting for it."""
+    """`reference.backward` on the device, without waiting for it; `on_hopper`, by `hopper.py` where that can."""
     (E, H, M), I, N = gate_up.shape, down.shape[2], len(token)
     needs_x, needs_gate_up, needs_down, needs_weight = needs
     x, dout, weight = _with_whole_rows(x), _with_whole_rows(dout), weight.contiguous()
     dx = dgate_up = ddown = dweight = None
-    t = tile_for("back", x, E, M, I)
-    w, w_strides, W = _right(down, t.BN, t.BK)
     dh = x.new_empty(N, H)
     weighted_a = x.new_empty(N, I) if needs_down else None
-    parts = x.new_empty(triton.cdiv(I, t.BN), N, dtype=torch.float32) if needs_weight else None
-    _back[_grid(t, x.device, N, E, I)](
+    product = dout, down, h, weight, token, slot, ends, dh, weighted_a, needs_weight, activation
+    done, parts = _for_hopper().back(*product) if on_hopper else (False, None)
+    if not done:
+        parts = _back_product(*product)
+    row = _row_of_pair(token, slot, ends, weight.shape)
+    t = tile_for("weights", x, E, M, I)
+    if weighted_a is not None:
+        ddown = torch.empty_like(down) if down_sum is None else down_sum
+        _weights_product(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t)
+        del weighted_a, product  # what follows may have its memory
+    if needs_gate_up:
+        dgate_up = torch.empty_like(gate_up) if gate_up_sum is None else gate_up_sum
+        _weights_product(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t)
+    if needs_x:
+        dx_rows = _rows_product(dh, gate_up, ends, tile_for("rows", x, E, M, I), on_hopper=on_hopper)
+        dx = row_kernels.sum_rows(dx_rows, row, None)
+    if parts is not None:
+        dweight = torch.empty_like(weight)
+        _add_parts[(triton.cdiv(N, PAIRS),)](parts, row, dweight, len(parts), N, B=PAIRS)
+    return dx, dgate_up, ddown, dweight
+
+
+def _back_product(
+    dout: Tensor,
+    down: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    slot: Tensor,
+    ends: Tensor,
+    dh: Tensor,
+    weighted_a: Tensor | None,
+    needs_weight: bool,
+    activation: str,
+) -> Tensor | None:
+    """dh (N, H) and weighted_a (N, I), of rows of dout (T, M) → the parts (·, N) of weight's gradient, float32."""
+    (E, M, I), N = down.shape, len(token)
+    t = tile_for("back", dout, E, M, I)
+    w, w_strides, W = _right(down, t.BN, t.BK)
+    parts = dout.new_empty(triton.cdiv(I, t.BN), N, dtype=torch.float32) if needs_weight else None
+    _back[_grid(t, dout.device, N, E, I)](
         dout,
         dout.stride(0),
         w,
@@ -133,22 +186,7 @@ def backward(
         WHOLE=M % t.BK == 0,
         **_constants(t, dout, E, M, I),
     )
-    row = _row_of_pair(token, slot, ends, weight.shape)
-    t = tile_for("weights", x, E, M, I)
-    if weighted_a is not None:
-        ddown = torch.empty_like(down) if down_sum is None else down_sum
-        _weights_product(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t)
-        del weighted_a  # what follows may have its memory
-    if needs_gate_up:
-        dgate_up = torch.empty_like(gate_up) if gate_up_sum is None else gate_up_sum
-        _weights_product(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t)
-    if needs_x:
-        dx_rows = _rows_product(dh, gate_up, ends, tile_for("rows", x, E, M, I))
-        dx = row_kernels.sum_rows(dx_rows, row, None)
-    if parts is not None:
-        dweight = torch.empty_like(weight)
-        _add_parts[(triton.cdiv(N, PAIRS),)](parts, row, dweight, len(parts), N, B=PAIRS)
-    return dx, dgate_up, ddown, dweight
+    return parts
 
 
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -161,10 +199,14 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _rows_product(x: Tensor, w: Tensor, ends: Tensor, t: Tile, zero_the_rest: bool = False) -> Tensor:
+def _rows_product(
+    x: Tensor, w: Tensor, ends: Tensor, t: Tile, zero_the_rest: bool = False, on_hopper: bool = False
+) -> Tensor:
     """x (N, L), w (E, L, P) → (N, P): each expert's rows times its weight; the rows of no expert are not written."""
     (N, L), (E, _, P) = x.shape, w.shape
     out = x.new_empty(N, P)
+    if on_hopper and _for_hopper().rows(x, w, ends, out):
+        return out
     left, X = _left(x, t.BM, t.BK)
     w, w_strides, W = _right(w, t.BN, t.BK)
     _rows[_grid(t, x.device, N, E + 1, P)](

@@ -6,8 +6,9 @@ Each is a custom op, opaque to torch.compile, and so is its gradient. On CUDA te
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ava_kernels.backend import runs_on_triton
 from ava_kernels.experts import reference
 from ava_kernels.routing.op import Routing
 
+Backend = Literal["triton", "hopper", "torch"]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -28,6 +30,7 @@ def moe_mlp(
     *,
     activation: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu",
     gradient_sums: tuple[Tensor, Tensor] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Σ_k weight · down_e · a(gate_up_e · x) over each token's experts, without the pairs that `routing` dropped.
 
@@ -42,9 +45,15 @@ def moe_mlp(
     `gradient_sums`, float32 tensors of gate_up's and down's shapes: backward adds those gradients to them instead of
     returning them, so that micro-batches sum up in float32 whatever the weights' dtype. Not under torch.compile.
 
+    `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py` in their place where it has some,
+    for H100 and H200 and 16 bits; "torch", the definition (`reference.py`). By default "triton" on a GPU, "torch"
+    elsewhere.
+
     Never waits for a GPU, and the same input gives the same bits. Raises ValueError, naming the argument.
     """
     _check(x, gate_up, down, routing, activation, gradient_sums)
+    if backend is not None:
+        _check_backend(backend, x)
     return torch.ops.ava_kernels.moe_mlp(
         x,
         gate_up,
@@ -55,6 +64,7 @@ def moe_mlp(
         routing.offsets[1:],
         activation,
         *(gradient_sums or (None, None)),
+        backend,
     )[0]
 
 
@@ -112,12 +122,25 @@ def _check(
             )
 
 
-def _implementation(tensor: Tensor) -> ModuleType:
-    if runs_on_triton(tensor):
-        from ava_kernels.experts import kernels  # triton is not installed everywhere
+def _check_backend(backend: str, x: Tensor) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper' or 'torch', or None")
+    if backend == "hopper":
+        from ava_kernels.experts import hopper  # triton is not installed everywhere
 
-        return kernels
-    return reference
+        if not hopper.takes(x) or not hopper.runs_on(x):
+            raise ValueError(
+                f"backend is 'hopper', which is for float16 and bfloat16 and a GPU of compute capability 9; given are "
+                f"{x.dtype} on {x.device}: take backend='triton'"
+            )
+
+
+def _implementation(tensor: Tensor, backend: str | None, direction: str) -> Callable[..., Any]:
+    if backend == "torch" or (backend is None and not runs_on_triton(tensor)):
+        return getattr(reference, direction)  # type: ignore[no-any-return]
+    from ava_kernels.experts import kernels
+
+    return partial(getattr(kernels, direction), on_hopper=backend == "hopper")
 
 
 @torch.library.custom_op("ava_kernels::moe_mlp", mutates_args=())
@@ -132,11 +155,13 @@ def _moe_mlp(
     activation: str,
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     if not weight.numel() or not gate_up.numel():
         return torch.zeros_like(x, memory_format=torch.contiguous_format), x.new_empty(len(token), gate_up.shape[1])
     with torch.cuda.device_of(x):
-        return _implementation(x).forward(x, gate_up, down, weight, token, slot, ends, activation)
+        forward = _implementation(x, backend, "forward")
+        return forward(x, gate_up, down, weight, token, slot, ends, activation)  # type: ignore[no-any-return]
 
 
 @_moe_mlp.register_fake
@@ -159,6 +184,7 @@ def _moe_mlp_backward(
     needs: list[bool],
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A gradient that is not needed, or was added to a sum, is returned with no element."""
     tensors, sums = (x, gate_up, down, weight), (None, gate_up_sum, down_sum, None)
@@ -166,7 +192,8 @@ def _moe_mlp_backward(
         gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
     else:
         with torch.cuda.device_of(x):
-            gradients = _implementation(x).backward(
+            backward = _implementation(x, backend, "backward")
+            gradients = backward(
                 dout, x, gate_up, down, weight, token, slot, ends, h, activation, needs, gate_up_sum, down_sum
             )
     dx, dgate_up, ddown, dweight = (
@@ -191,6 +218,7 @@ def _(
     needs: list[bool],
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_x, needs_gate_up, needs_down, needs_weight = needs
     return (
@@ -202,25 +230,26 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, gate_up_sum, down_sum = inputs
+    *tensors, activation, gate_up_sum, down_sum, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
-    ctx.activation = activation
+    ctx.activation, ctx.backend = activation, backend
     ctx.sums = gate_up_sum, down_sum  # not saved: it is their purpose to change before backward
 
 
 def _backward(ctx: Any, dout: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 10
+        return (None,) * 11
     needs = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.ava_kernels.moe_mlp_backward(dout, *ctx.saved_tensors, ctx.activation, needs, *ctx.sums)
+    options = ctx.activation, needs, *ctx.sums, ctx.backend
+    gradients = torch.ops.ava_kernels.moe_mlp_backward(dout, *ctx.saved_tensors, *options)
     sums = None, *ctx.sums, None
     returned = (
         gradient if need and total is None else None
         for gradient, need, total in zip(gradients, needs, sums, strict=True)
     )
-    return *returned, *[None] * 6
+    return *returned, *[None] * 7
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -243,7 +272,11 @@ def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     if not x.numel() or not w.numel():
         return x.new_zeros(_grouped_shape(x, w, offs))
     with torch.cuda.device_of(x):
-        return _implementation(x).grouped_mm(x, w, offs)
+        if runs_on_triton(x):
+            from ava_kernels.experts import kernels
+
+            return kernels.grouped_mm(x, w, offs)
+        return reference.grouped_mm(x, w, offs)
 
 
 @_grouped_mm.register_fake
