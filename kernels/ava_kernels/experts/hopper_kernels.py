@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
 COLUMNS: gl.constexpr = gl.constexpr(128)  # of one accumulator
-PART: gl.constexpr = gl.constexpr(64)  # columns that are stored at a time: registers are few
 DEPTH: gl.constexpr = gl.constexpr(64)  # what is multiplied and added at a time
 TURNS: gl.constexpr = gl.constexpr(8)  # tiles of rows that take turns at a tile of columns
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
@@ -39,14 +38,15 @@ def _in_turn(tile, rows, columns):
 
 
 @gluon.jit
-def _fetch_weights(w, to, full, expert, at, column, second, WIDE: gl.constexpr, HALVES: gl.constexpr):
+def _fetch_weights(w, w_smem, stage, full, expert, at, column, second, WIDE: gl.constexpr, HALVES: gl.constexpr):
     """One stage of weights: HALVES tiles of columns, `second` apart. WIDE: columns lie side by side, not what is summed
     over."""
     for half in gl.static_range(HALVES):
         if WIDE:
-            fetch(w, [expert, at, column + half * second], full, to.index(half))
+            place = [expert, at, column + half * second]
         else:
-            fetch(w, [expert, column + half * second, at], full, to.index(half))
+            place = [expert, column + half * second, at]
+        fetch(w, place, full.index(stage), w_smem.index(HALVES * stage + half))
 
 
 @gluon.jit
@@ -67,9 +67,7 @@ def _fetch_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.con
                 for group in gl.static_range(2):
                     place = [start + (2 * row + group) * GROUP, at]
                     fetch(x, place, full.index(stage), x_smem.index(2 * stage + group))
-                _fetch_weights(
-                    w, w_smem.index(stage), full.index(stage), expert, at, column * width, second, WIDE, HALVES
-                )
+                _fetch_weights(w, w_smem, stage, full, expert, at, column * width, second, WIDE, HALVES)
                 step += 1
         turn = _next_turn(turn, rows * columns, programs)
         start = end
@@ -102,9 +100,7 @@ def _gather_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.co
                 stage, phase = step % STAGES, step // STAGES & 1
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 mbarrier.expect(full.index(stage), HALVES * w.block_type.nbytes)
-                _fetch_weights(
-                    w, w_smem.index(stage), full.index(stage), expert, at, column * width, second, WIDE, HALVES
-                )
+                _fetch_weights(w, w_smem, stage, full, expert, at, column * width, second, WIDE, HALVES)
                 here_BL = (at + at_L < L)[None, :]
                 async_copy.async_copy_global_to_shared(x_smem.index(2 * stage), x_BL + at, mask=here_BL)
                 async_copy.async_copy_global_to_shared(x_smem.index(2 * stage + 1), x_BL2 + at, mask=here_BL)
@@ -134,11 +130,13 @@ def _multiply(
     begun = step
     for _ in range(0, L, DEPTH):
         stage, phase = step % STAGES, step // STAGES & 1
-        x_BL, w_halves = x_smem.index(2 * stage + NUMBER), w_smem.index(stage)
+        x_BL = x_smem.index(2 * stage + NUMBER)
         mbarrier.wait(full.index(stage), phase)
-        first = hopper.warpgroup_mma(x_BL, _operand(w_halves.index(0), WIDE), first_BC, is_async=True)
+        first = hopper.warpgroup_mma(x_BL, _operand(w_smem.index(HALVES * stage), WIDE), first_BC, is_async=True)
         if HALVES == 2:
-            second = hopper.warpgroup_mma(x_BL, _operand(w_halves.index(1), WIDE), second_BC, is_async=True)
+            second = hopper.warpgroup_mma(
+                x_BL, _operand(w_smem.index(HALVES * stage + 1), WIDE), second_BC, is_async=True
+            )
             first_BC, second_BC = hopper.warpgroup_mma_wait(2, deps=(first, second))
         else:
             first_BC = hopper.warpgroup_mma_wait(1, deps=(first,))
@@ -171,19 +169,20 @@ def _halves(x_BC):
 
 
 @gluon.jit
-def _place(row, end, column, limit, stride, UNIT: gl.constexpr):
-    """→ offsets and mask of (B, PART) elements: rows before `end`, columns before `limit`."""
-    rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+def _place(row, end, column, limit, stride, UNIT: gl.constexpr, C: gl.constexpr):
+    """→ offsets and mask of (B, C) elements: rows before `end`, columns before `limit`."""
+    rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     row_B = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows_of))
-    column_C = column + gl.arange(0, PART, layout=gl.SliceLayout(0, rows_of))
+    column_C = column + gl.arange(0, C, layout=gl.SliceLayout(0, rows_of))
     at_BC = (row_B.to(gl.int64) * (stride // UNIT * UNIT))[:, None] + column_C[None, :]
     return at_BC, (row_B < end)[:, None] & (column_C < limit // UNIT * UNIT)[None, :]
 
 
 @gluon.jit
 def _store(to, x_BC, smem, at_BC, here_BC):
-    """Stores (B, PART), through shared memory: what a thread has of a product does not lie side by side."""
-    rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    """Stores (B, C), through shared memory: what a thread has of a product does not lie side by side."""
+    C: gl.constexpr = x_BC.shape[1]
+    rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     smem.store(x_BC)
     gl.store(to + at_BC, smem.load(rows_of), mask=here_BC)
 
@@ -206,6 +205,7 @@ def _rows_of_group(shared, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.co
     x_smem, w_smem, out_smem, full, empty, ends, out, E, L, P, columns, programs = shared
     dtype: gl.constexpr = out.dtype.element_ty
     own = out_smem.index(NUMBER)
+    C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
     turn = gl.program_id(0)
     start, step = turn * 0, turn * 0
     for expert in range(E):
@@ -218,9 +218,9 @@ def _rows_of_group(shared, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.co
             column = column * (2 * COLUMNS)
             for _half in gl.static_range(2):
                 left_BC, right_BC = _halves(first_BC)
-                at_BC, here_BC = _place(row, end, column, P, P, UNIT)
+                at_BC, here_BC = _place(row, end, column, P, P, UNIT, C)
                 _store(out, left_BC.to(dtype), own, at_BC, here_BC)
-                at_BC, here_BC = _place(row, end, column + PART, P, P, UNIT)
+                at_BC, here_BC = _place(row, end, column + C, P, P, UNIT, C)
                 _store(out, right_BC.to(dtype), own, at_BC, here_BC)
                 first_BC, column = second_BC, column + COLUMNS
         turn = _next_turn(turn, rows * columns, programs)
@@ -235,6 +235,7 @@ def _up_of_group(
     x_smem, w_smem, out_smem, full, empty, ends, h, a, E, M, I, columns, programs = shared
     dtype: gl.constexpr = h.dtype.element_ty
     own = out_smem.index(NUMBER)
+    C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
     turn = gl.program_id(0)
     start, step = turn * 0, turn * 0
     for expert in range(E):
@@ -248,13 +249,13 @@ def _up_of_group(
             gate_BC, gate_BC2 = _halves(gate)
             up_BC, up_BC2 = _halves(up)
             for part in gl.static_range(2):
-                at_BC, here_BC = _place(row, end, column + part * PART, I, 2 * I, UNIT)
+                at_BC, here_BC = _place(row, end, column + part * C, I, 2 * I, UNIT, C)
                 gate_BC, up_BC = gate_BC.to(dtype), up_BC.to(dtype)
                 _store(h, gate_BC, own, at_BC, here_BC)
                 _store(h + I // UNIT * UNIT, up_BC, own, at_BC, here_BC)
                 # Of the rounded h, which is what backward will see.
                 a_BC, _, _ = _activate(gate_BC.to(gl.float32), up_BC.to(gl.float32), ACTIVATION)
-                at_BC, here_BC = _place(row, end, column + part * PART, I, I, UNIT)
+                at_BC, here_BC = _place(row, end, column + part * C, I, I, UNIT, C)
                 _store(a, a_BC.to(dtype), own, at_BC, here_BC)
                 gate_BC, up_BC = gate_BC2, up_BC2
         turn = _next_turn(turn, rows * columns, programs)
@@ -263,7 +264,7 @@ def _up_of_group(
 
 @gluon.jit
 def _loaded(ptr, smem, at_BC, here_BC, layout: gl.constexpr):
-    """→ (B, PART) float32 in another layout, through shared memory."""
+    """→ (B, C) float32 in another layout, through shared memory."""
     smem.store(gl.load(ptr + at_BC, mask=here_BC, other=0.0))
     return smem.load(layout).to(gl.float32)
 
@@ -279,6 +280,7 @@ def _back_of_group(
     ) = shared  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
     own = out_smem.index(NUMBER)
+    C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
     turn = gl.program_id(0)
     start, step = turn * 0, turn * 0
     for expert in range(E):
@@ -288,29 +290,32 @@ def _back_of_group(
             row, column = _in_turn(tile, rows, columns)
             da, _, step = _multiply(x_smem, w_smem, full, empty, step, M, WIDE, 1, STAGES, NUMBER)
             row = start + (2 * row + NUMBER) * GROUP
-            da_BC, da_BC2 = _halves(da)  # before the token's weight
+            half_BC, half_BC2 = _halves(da)  # before the token's weight
+            da_BC, da_BC2 = _halves(half_BC)
             layout: gl.constexpr = da_BC.type.layout
             row_B = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
             pair_B = gl.minimum(row_B, end - 1)
             weight_at_B = gl.load(token + pair_B).to(gl.int64) * K + gl.load(slot + pair_B)
             weight_B = gl.load(weight + weight_at_B).to(gl.float32)
             part_B = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, layout))
-            for part in gl.static_range(2):
-                first = column * COLUMNS + part * PART
-                at_BC, here_BC = _place(row, end, first, I, 2 * I, UNIT)
+            for quarter in gl.static_range(4):
+                first = column * COLUMNS + quarter * C
+                at_BC, here_BC = _place(row, end, first, I, 2 * I, UNIT, C)
                 gate_BC = _loaded(h, own, at_BC, here_BC, layout)
                 up_BC = _loaded(h + I // UNIT * UNIT, own, at_BC, here_BC, layout)
                 a_BC, slope_BC, slope_up_BC = _activate(gate_BC, up_BC, ACTIVATION)
                 if parts is not None:  # columns behind the last have an a of 0, but maybe a da that is not finite
-                    column_C = first + gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
+                    column_C = first + gl.arange(0, C, layout=gl.SliceLayout(0, layout))
                     part_B += gl.sum(gl.where((column_C < I)[None, :], da_BC * a_BC, 0.0), 1)
                 da_BC = da_BC * weight_B[:, None]
                 _store(dh, (da_BC * slope_BC).to(dtype), own, at_BC, here_BC)
                 _store(dh + I // UNIT * UNIT, (da_BC * slope_up_BC).to(dtype), own, at_BC, here_BC)
                 if weighted_a is not None:
-                    at_BC, here_BC = _place(row, end, first, I, I, UNIT)
+                    at_BC, here_BC = _place(row, end, first, I, I, UNIT, C)
                     _store(weighted_a, (a_BC * weight_B[:, None]).to(dtype), own, at_BC, here_BC)
                 da_BC = da_BC2
+                if quarter == 1:
+                    da_BC, da_BC2 = _halves(half_BC2)
             if parts is not None:
                 gl.store(parts + column.to(gl.int64) * N + row_B, part_B, mask=row_B < end)
         turn = _next_turn(turn, rows * columns, programs)
@@ -323,9 +328,10 @@ def _ring(dtype: gl.constexpr, x_layout: gl.constexpr, w, HALVES: gl.constexpr, 
     """→ stages of rows and of weights, what groups store through, and the stages' barriers."""
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, GROUP, DEPTH], x_layout)
     tile: gl.constexpr = w.block_type.shape
-    w_smem = gl.allocate_shared_memory(w.dtype, [STAGES, HALVES, tile[0], tile[1], tile[2]], w.layout)
-    parts: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, PART], dtype)
-    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP, PART], parts)
+    w_smem = gl.allocate_shared_memory(w.dtype, [HALVES * STAGES, tile[0], tile[1], tile[2]], w.layout)
+    C: gl.constexpr = 32 * HALVES
+    parts: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, C], dtype)
+    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP, C], parts)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
