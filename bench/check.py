@@ -259,6 +259,14 @@ def experts(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case
             f"{_named(sizes[0], dtype, 'zipf')}, strided",
             lambda a=(sizes[0], dtype, "zipf"): _experts(device, *a, strided=True),
         )
+    if device == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+        for size in (*sizes, *odd):
+            for dtype in (d for d in dtypes if d != torch.float32):
+                for load in LOADS:
+                    yield (
+                        f"{_named(size, dtype, load)}, hopper",
+                        lambda a=(size, dtype, load): _experts(device, *a, backend="hopper"),
+                    )
     if device == "cuda":
         yield "no wait, and from a CUDA graph with other inputs", _captured
 
@@ -275,6 +283,7 @@ def _experts(
     activation: str = "swiglu",
     *,
     strided: bool = False,
+    backend: Any = None,
 ) -> None:
     T, E, K, M, I = size
     torch.manual_seed(0)
@@ -294,7 +303,8 @@ def _experts(
         given[1:3] = [t.mT.contiguous().mT for t in tensors[1:3]]
 
     def ours(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-        return moe_mlp(x, gate_up, down, dataclasses.replace(chosen, weight=weight), activation=activation)
+        given = dataclasses.replace(chosen, weight=weight)
+        return moe_mlp(x, gate_up, down, given, activation=activation, backend=backend)
 
     def loop(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
         return expert_mlp(x, gate_up, down, chosen.expert, weight, activation)

@@ -101,7 +101,7 @@ def _plain(problem: Problem, forward: Callable[[Tensor], Tensor], leaves: list[T
 # --- Ours ---
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, backend: Any = None) -> Contender:
     E, K = len(problem.gate_up), problem.expert.shape[1]
 
     def forward(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def ours(problem: Problem) -> Contender:
             offsets=F.pad(count.cumsum(0, dtype=torch.int32), (1, 0)),
             weight=problem.weight,
         )
-        return moe_mlp(x, problem.gate_up, problem.down, sorted_)
+        return moe_mlp(x, problem.gate_up, problem.down, sorted_, backend=backend)
 
     return _plain(problem, forward)
 
@@ -392,7 +392,7 @@ def transformers(problem: Problem, implementation: str) -> Contender:
     return _plain(problem, lambda x: layer(x, index, weight), [layer.gate_up_proj, layer.down_proj, weight])
 
 
-OURS = ("ours", "ours, sorted", "ours, captured")
+OURS = ("ours", "ours, sorted", "ours, hopper", "ours, captured")
 SLOW = ("grouped_mm, compiled", "liger", "sonic-moe", "liger-cute", "megablocks")  # to get ready
 Prepare = Callable[[Problem], Contender]
 
@@ -411,6 +411,7 @@ def contenders(device: str, quick: bool) -> dict[str, Prepare]:
     return {
         "ours": ours,
         "ours, sorted": ours_sorted,
+        "ours, hopper": lambda p: ours(p, "hopper"),
         "ours, captured": ours_captured,
         "bmm": bmm,
         "grouped_mm": composition,

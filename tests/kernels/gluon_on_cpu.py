@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import random
 import sys
 import threading
@@ -366,6 +367,16 @@ def _translated(module: types.ModuleType) -> dict[str, Any]:
 def names_of(kernel: GluonJITFunction) -> dict[str, Any]:
     """What it sees by its module's names, itself among them."""
     return _translated(sys.modules[kernel.fn.__module__])
+
+
+def with_fault(monkeypatch: Any, kernel: GluonJITFunction, line: str, other: str) -> None:
+    """Runs a kernel with one line of it changed."""
+    source = inspect.getsource(kernel.fn)
+    assert source.count(line) == 1
+    names: dict[str, Any] = names_of(kernel)
+    changed: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
+    monkeypatch.setitem(names, kernel.fn.__name__, changed[kernel.fn.__name__])
 
 
 def _argument(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import gluon_on_cpu
 import pytest
 import torch
@@ -243,12 +241,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_order_show(monkeypatch, fault):
     """Of the emulation itself: a kernel with one line changed is found out."""
-    kernel, line, other = FAULTS[fault]
-    source = inspect.getsource(kernel.fn)
-    assert source.count(line) == 1
-    names, changed = gluon_on_cpu.names_of(kernel), {}
-    exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
-    monkeypatch.setitem(names, kernel.fn.__name__, changed[kernel.fn.__name__])
+    gluon_on_cpu.with_fault(monkeypatch, *FAULTS[fault])
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
     tensors, options = inputs(600, 600), {}
     if "clear" in fault or "document" in fault:

@@ -105,7 +105,7 @@ def _gather_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.co
                 async_copy.async_copy_global_to_shared(x_smem.index(2 * stage), x_BL + at, mask=here_BL)
                 async_copy.async_copy_global_to_shared(x_smem.index(2 * stage + 1), x_BL2 + at, mask=here_BL)
                 async_copy.commit_group()
-                async_copy.wait_group(late)
+                async_copy.wait_group(late)  # all of these warps: the compiler puts their barrier behind it
                 hopper.fence_async_shared()
                 if step >= late:
                     mbarrier.arrive(full.index((step - late) % STAGES))
@@ -323,10 +323,10 @@ def _back_of_group(
 
 
 @gluon.jit
-def _ring(dtype: gl.constexpr, x_layout: gl.constexpr, w, HALVES: gl.constexpr, STAGES: gl.constexpr,
-          ARRIVALS: gl.constexpr):  # fmt: skip
+def _ring(dtype: gl.constexpr, w, HALVES: gl.constexpr, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     """→ stages of rows and of weights, what groups store through, and the stages' barriers."""
-    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, GROUP, DEPTH], x_layout)
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, DEPTH], dtype)
+    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, GROUP, DEPTH], rows)
     tile: gl.constexpr = w.block_type.shape
     w_smem = gl.allocate_shared_memory(w.dtype, [HALVES * STAGES, tile[0], tile[1], tile[2]], w.layout)
     C: gl.constexpr = 32 * HALVES
@@ -342,7 +342,8 @@ def _ring(dtype: gl.constexpr, x_layout: gl.constexpr, w, HALVES: gl.constexpr, 
 
 @gluon.jit
 def _hopper_rows(x, w, ends, out, E, L, P, programs, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
-    x_smem, w_smem, out_smem, full, empty = _ring(x.dtype, x.layout, w, 2, STAGES, 1)
+    dtype: gl.constexpr = out.dtype.element_ty
+    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 2, STAGES, 1)
     columns = gl.cdiv(P, 2 * COLUMNS)
     width = columns * 0 + 2 * COLUMNS
     fetched = x, w, x_smem, w_smem, full, empty, ends, E, L, columns, width, width // 2, programs
@@ -364,8 +365,7 @@ def _hopper_up(
     ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
-    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, DEPTH], dtype)
-    x_smem, w_smem, out_smem, full, empty = _ring(dtype, rows, w, 2, STAGES, 2)
+    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 2, STAGES, 2)
     columns = gl.cdiv(I, COLUMNS)
     width = columns * 0 + COLUMNS
     fetched = x, x_stride, token, w, x_smem, w_smem, full, empty, ends, E, M, columns, width, I, programs
@@ -387,8 +387,7 @@ def _hopper_back(
     K: gl.constexpr, ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
-    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, DEPTH], dtype)
-    x_smem, w_smem, out_smem, full, empty = _ring(dtype, rows, w, 1, STAGES, 2)
+    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 1, STAGES, 2)
     columns = gl.cdiv(I, COLUMNS)
     width = columns * 0 + COLUMNS
     fetched = dout, dout_stride, token, w, x_smem, w_smem, full, empty, ends, E, M, columns, width, width, programs
