@@ -143,8 +143,10 @@ class Product:
             self.value = self._compute()
         return self.value
 
-    def __getattr__(self, name: str) -> Any:
+    def _too_early(self, *_: Any) -> Any:
         raise AssertionError("a product is used that is still under way")
+
+    __getattr__ = __add__ = __mul__ = __truediv__ = _too_early
 
 
 def _warpgroup_mma(a: Any, b: Memory, acc: torch.Tensor, *, use_acc: bool = True, is_async: bool = False) -> Any:

@@ -137,7 +137,7 @@ def _check_backend(backend: str, x: Tensor) -> None:
 
 def _implementation(tensor: Tensor, backend: str | None, direction: str) -> Callable[..., Any]:
     if backend == "torch" or (backend is None and not runs_on_triton(tensor)):
-        return getattr(reference, direction)  # type: ignore[no-any-return]
+        return getattr(reference, direction)
     from ava_kernels.experts import kernels
 
     return partial(getattr(kernels, direction), on_hopper=backend == "hopper")
@@ -155,13 +155,13 @@ def _moe_mlp(
     activation: str,
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
-    backend: str | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not weight.numel() or not gate_up.numel():
         return torch.zeros_like(x, memory_format=torch.contiguous_format), x.new_empty(len(token), gate_up.shape[1])
     with torch.cuda.device_of(x):
         forward = _implementation(x, backend, "forward")
-        return forward(x, gate_up, down, weight, token, slot, ends, activation)  # type: ignore[no-any-return]
+        return forward(x, gate_up, down, weight, token, slot, ends, activation)
 
 
 @_moe_mlp.register_fake
@@ -184,7 +184,7 @@ def _moe_mlp_backward(
     needs: list[bool],
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
-    backend: str | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A gradient that is not needed, or was added to a sum, is returned with no element."""
     tensors, sums = (x, gate_up, down, weight), (None, gate_up_sum, down_sum, None)
@@ -218,7 +218,7 @@ def _(
     needs: list[bool],
     gate_up_sum: Tensor | None,
     down_sum: Tensor | None,
-    backend: str | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_x, needs_gate_up, needs_down, needs_weight = needs
     return (
