@@ -8,6 +8,7 @@ import torch
 from ava_kernels import rope_attention
 
 pytest.importorskip("triton")
+from ava_kernels import hopper as shared
 from ava_kernels.attention import hopper, hopper_backward, hopper_forward
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "on_this_cpu")
@@ -210,16 +211,16 @@ FAULTS = {
     ),
     "the token is not passed on": (hopper_forward._attend, "mbarrier.arrive(turns.index(1 - NUMBER))", "pass"),
     "no fence behind the queries": (hopper_forward._attend, "hopper.fence_async_shared()", "pass"),
-    "no fence behind what is cleared": (hopper_forward._clear_behind, "hopper.fence_async_shared()", "pass"),
-    "a row of the next document": (hopper_forward._clear_behind, "row_A < end", "row_A <= end"),
+    "no fence behind what is cleared": (shared.clear_behind, "hopper.fence_async_shared()", "pass"),
+    "a row of the next document": (shared.clear_behind, "row_A < end", "row_A <= end"),
     "values that are not cleared": (
         hopper_forward._attend,
-        "_clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)",
+        "clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)",
         "pass",
     ),
-    "queries that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(q_MD, len_q - m)", "pass"),
-    "gradients that are not cleared": (hopper_backward._keys_of_group, "_clear_behind(dout_MD, len_q - m)", "pass"),
-    "keys that are not cleared": (hopper_backward._queries_of_group, "_clear_behind(k_ND, len_k - n)", "pass"),
+    "queries that are not cleared": (hopper_backward._keys_of_group, "clear_behind(q_MD, len_q - m)", "pass"),
+    "gradients that are not cleared": (hopper_backward._keys_of_group, "clear_behind(dout_MD, len_q - m)", "pass"),
+    "keys that are not cleared": (hopper_backward._queries_of_group, "clear_behind(k_ND, len_k - n)", "pass"),
     "a phase that is off by one": (
         hopper_forward._fetch,
         "k_empty.index(stage), phase ^ 1",

@@ -34,12 +34,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ava_kernels.attention import hopper_backward, hopper_forward
 from ava_kernels.attention.tiles import ring_for
+from ava_kernels.hopper import GROUP
 from ava_kernels.rotary import kernels as rotary
 
 if TYPE_CHECKING:
     from ava_kernels.attention.kernels import Shape
 
-OWN = hopper_forward.GROUP.value  # rows of a group of warps
+OWN = GROUP.value  # rows of a group of warps
 PADDED = (32, 64, 128)  # elements that a head has in shared memory
 
 

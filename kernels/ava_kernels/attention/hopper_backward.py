@@ -11,17 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ava_kernels.attention.hopper_forward import (
-    GROUP,
-    LOG2E,
-    _clear_behind,
-    _part,
-    _scores,
-    _seen,
-    _sequence,
-    _span,
-    fetch,
-)
+from ava_kernels.attention.hopper_forward import LOG2E, _part, _scores, _seen, _sequence, _span
+from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
 @gluon.jit
@@ -120,8 +111,8 @@ def _keys_of_group(
         dout_MD = dout_smem.index(stage).reshape([BM, D])
         mbarrier.wait(full.index(stage), phase)
         if PACKED and m + BM > len_q:
-            _clear_behind(q_MD, len_q - m)
-            _clear_behind(dout_MD, len_q - m)
+            clear_behind(q_MD, len_q - m)
+            clear_behind(dout_MD, len_q - m)
         product = hopper.warpgroup_mma(k_own, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
@@ -177,8 +168,8 @@ def _queries_of_group(
         v_ND = v_smem.index(stage).reshape([BN, D])
         mbarrier.wait(full.index(stage), phase)
         if PACKED and n + BN > len_k:
-            _clear_behind(k_ND, len_k - n)
-            _clear_behind(v_ND, len_k - n)
+            clear_behind(k_ND, len_k - n)
+            clear_behind(v_ND, len_k - n)
         product = hopper.warpgroup_mma(q_own, k_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         dweight = hopper.warpgroup_mma(dout_own, v_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         product_MN = hopper.warpgroup_mma_wait(1, deps=(product,))

@@ -9,12 +9,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
-GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
-CHUNK: gl.constexpr = gl.constexpr(16)  # rows that are cleared at a time: registers are few
-fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
 
 
 @gluon.jit
@@ -59,21 +58,6 @@ def _fetch(shared, BN: gl.constexpr, STAGES: gl.constexpr):
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
         fetch(v, [b, first + tile * BN, h, 0], v_full.index(stage), v_smem.index(stage))
-
-
-@gluon.jit
-def _clear_behind(tile, end):
-    """Sets the rows of a fetched tile (A, D) from `end` on to 0. They are of another document, which weighs nothing;
-    but 0 · NaN would remain of it."""
-    A: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, A, CHUNK):
-        part = tile.slice(first, CHUNK)
-        row_A = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, rows))
-        x_AD = part.load(rows)
-        part.store(gl.where((row_A < end)[:, None], x_AD, gl.zeros_like(x_AD)))
-    hopper.fence_async_shared()
 
 
 @gluon.jit
@@ -236,7 +220,7 @@ def _attend(
         if PACKED:
             end = len_k - start - (tiles - 1) * BN
             if end < BN:
-                _clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)
+                clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)
         adding = hopper.warpgroup_mma(p_MN, v_smem.index(last_stage).reshape([BN, D]), out_MD, is_async=True)
         out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
     empty_M = most_M == float("-inf")

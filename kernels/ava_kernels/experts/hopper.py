@@ -1,15 +1,15 @@
-"""The experts' products for Hopper in Gluon, by warps that specialise: `kernels.py`'s `_up`, `_rows` and `_back`.
+"""The experts' products for Hopper in Gluon, by warps that specialise, in the place of those of `kernels.py`.
 
 Two groups of four warps multiply 64 rows each and finish their tile; a third fetches what they multiply next into a
 ring of stages, across the ends of tiles: weights and rows that lie side by side by TMA, rows that are named by token by
 asynchronous copies, whose indices are in registers before a tile begins. A group has one product under way while it
-issues the next. Tiles, their order and every formula are those of `kernels.py`, as is `_weights`, which is left to it.
+issues the next. Tiles, their order and every formula are those of `kernels.py`.
 
 Not run on a GPU yet, so taken only where `backend="hopper"` asks for it. What is known of it: it compiles for sm_90
 without spills (`python -m bench.sm90`), and its tests run every warp of it on a CPU, against a loop over the experts.
 
-What TMA cannot fetch, because it does not begin at multiples of 16 bytes or has no side that lies side by side, and
-activations without a gate are left to `kernels.py`, product by product.
+What TMA cannot fetch, because it does not begin at multiples of 16 bytes or has no side that lies side by side,
+activations without a gate, and gradients that are added to sums are left to `kernels.py`, product by product.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ava_kernels.experts import hopper_kernels
 from ava_kernels.experts.reference import GATED
+from ava_kernels.hopper import GROUP
 
-OWN, COLUMNS, DEPTH = (size.value for size in (hopper_kernels.GROUP, hopper_kernels.COLUMNS, hopper_kernels.DEPTH))
+OWN, COLUMNS, DEPTH = GROUP.value, hopper_kernels.COLUMNS.value, hopper_kernels.DEPTH.value
 STAGES = {1: 6, 2: 4}  # by halves of columns: as many as shared memory has room for
+REGISTERS = 168  # of a thread, before groups share them out
 UNIT = 8  # elements of 16 bytes, which divide every size and stride
 
 
@@ -130,6 +132,39 @@ def back(
     return True, parts
 
 
+def weights(x: Tensor, x_token: Tensor | None, y: Tensor, y_token: Tensor | None, ends: Tensor, out: Tensor) -> bool:
+    """out (E, M, P) = Σ over an expert's rows of x (·, M)ᵀ · y (·, P), the rows of one of them named by token (N,); or
+    False, and nothing is done."""
+    gathered, token, other = (x, x_token, y) if x_token is not None else (y, y_token, x)
+    aligned = _is_aligned(gathered) and _is_aligned(other)
+    if not aligned or out.stride(2) != 1 or any(stride % UNIT for stride in out.stride()[:2]) or out.data_ptr() % 16:
+        return False
+    E, M, P = out.shape
+    tile = [DEPTH, COLUMNS if x_token is not None else OWN]
+    descriptor = TensorDescriptor(other, list(other.shape), list(other.stride()), tile, _layout(tile, other.dtype))
+    tiles = E * triton.cdiv(M, 2 * OWN) * triton.cdiv(P, 2 * COLUMNS)
+    programs = min(_processors(out.device), tiles)
+    hopper_kernels._hopper_weights[(programs,)](
+        gathered,
+        gathered.stride(0),
+        token,
+        descriptor,
+        ends,
+        out,
+        *out.stride()[:2],
+        E,
+        M,
+        P,
+        programs,
+        GATHERED=int(x_token is None),
+        STAGES=STAGES[2],
+        UNIT=UNIT,
+        num_warps=4,
+        maxnreg=REGISTERS,
+    )
+    return True
+
+
 def _is_aligned(x: Tensor) -> bool:
     """A matrix whose rows can be fetched in units of 16 bytes."""
     return x.stride(1) == 1 and not (x.shape[1] % UNIT or x.stride(0) % UNIT or x.data_ptr() % 16) and x.stride(0) > 0
@@ -170,5 +205,5 @@ def _constants(halves: int, wide: bool) -> dict[str, Any]:
         "WIDE": wide,
         "STAGES": STAGES[halves],
         "num_warps": 4,
-        "maxnreg": 168,  # of all warps together, before they are shared out
+        "maxnreg": REGISTERS,
     }

@@ -130,11 +130,11 @@ def backward(
     t = tile_for("weights", x, E, M, I)
     if weighted_a is not None:
         ddown = torch.empty_like(down) if down_sum is None else down_sum
-        _weights_product(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t)
+        _weights_product(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t, on_hopper)
         del weighted_a, product  # what follows may have its memory
     if needs_gate_up:
         dgate_up = torch.empty_like(gate_up) if gate_up_sum is None else gate_up_sum
-        _weights_product(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t)
+        _weights_product(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t, on_hopper)
     if needs_x:
         dx_rows = _rows_product(dh, gate_up, ends, tile_for("rows", x, E, M, I), on_hopper=on_hopper)
         dx = row_kernels.sum_rows(dx_rows, row, None)
@@ -238,11 +238,14 @@ def _weights_product(
     out: Tensor,
     accumulate: bool,
     t: Tile,
+    on_hopper: bool = False,
 ) -> None:
     """out (E, M, P) = or += Σ over an expert's rows of x (·, M)ᵀ · y (·, P), whose rows lie in the experts' order, or
     are named by token (N,)."""
     if out.stride(1) == 1 < out.stride(2):  # transposed: so is what is computed, that what is stored lies side by side
         out, x, x_token, y, y_token = out.mT, y, y_token, x, x_token
+    if on_hopper and not accumulate and _for_hopper().weights(x, x_token, y, y_token, ends, out):
+        return
     E, M, P = out.shape
     tiles = E * triton.cdiv(M, t.BM) * triton.cdiv(P, t.BN)
     constants = _constants(t, x, E, M, P, y.stride(0), *out.stride()[:2])
