@@ -264,6 +264,17 @@ FAULTS = {
         "HALVES * w.block_type.nbytes",
         "w.block_type.nbytes // 2",
     ),
+    "sums' copies are told of too early": (
+        hopper_kernels._fetch_for_sums,
+        "async_copy.wait_group(late)",
+        "async_copy.wait_group(late + 1)",
+    ),
+    "a sum's left side is not cleared": (hopper_kernels._weights_of_group, "clear_behind(left_LB, end - at)", "pass"),
+    "a sum's right side is not cleared": (
+        hopper_kernels._weights_of_group,
+        "clear_behind(right_LC2, end - at)",
+        "pass",
+    ),
     "rows of the next expert": (hopper_kernels._place, "row_B < end", "row_B <= end"),
 }
 
@@ -273,11 +284,12 @@ def test_faults_show(monkeypatch, fault):
     """Of the emulation itself: a kernel with one line changed is found out."""
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
     gluon_on_cpu.with_fault(monkeypatch, *FAULTS[fault])
-    routing = routing_of(300, 4, 2)
+    routing = routing_of(300, 4, 2, capacity=100, overflow="drop")
 
     def often_enough():
         for _ in range(20):
-            assert_right(routing, inputs(300, 4, 200, 136))
+            with filled_with_nan():
+                assert_right(routing, inputs(300, 4, 200, 392))
 
     with pytest.raises((AssertionError, IndexError)):
         often_enough()

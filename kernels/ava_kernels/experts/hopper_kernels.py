@@ -541,5 +541,5 @@ def _hopper_weights(
             (_fetch_for_sums, (fetched, GATHERED, STAGES, UNIT)),
         ],
         [4, 4],
-        [208, 88],
+        [224, 56],
     )
