@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
@@ -10,6 +12,16 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
 CHUNK: gl.constexpr = gl.constexpr(16)  # rows that are cleared at a time: registers are few
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether x is on an H100, H200 or their like."""
+    return x.is_cuda and _has_capability_9(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _has_capability_9(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 @gluon.jit

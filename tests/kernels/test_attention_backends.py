@@ -11,7 +11,7 @@ from ava_kernels.attention import op
 from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
-from ava_kernels.attention import hopper
+from ava_kernels import hopper
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,16 @@ def test_a_name_that_is_no_implementation(tmp_path):
 def test_what_ships_is_sdpa_and_triton_for_the_rest():
     for problem in ("16 bit, 128, causal", "32 bit, 64, packed"):
         assert op._order(0, problem) == ("sdpa", "triton")
+
+
+def test_torch_compile_chooses_once_and_follows_into_one_graph():
+    def attend(q):
+        return rope_attention(q, q, q), rope_attention(q, q, q, softcap=5.0), rope_attention(q, q, q, backend="hopper")
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 16, 2, 64, dtype=torch.float16, device="cuda")
+        graph = torch._dynamo.export(attend, aten_graph=False, assume_static_by_default=True)(q).graph_module.graph
+    calls = [node for node in graph.nodes if "attention" in str(node.target) and node.op == "call_function"]
+    ours = [node.args[-1] for node in calls if "ava_kernels" in str(node.target)]
+    assert ours == [False, True]  # softcap by Triton, the other by Hopper's
+    assert any("scaled_dot_product_attention" in str(node.target) for node in calls)

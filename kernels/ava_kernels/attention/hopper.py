@@ -34,12 +34,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ava_kernels.attention import hopper_backward, hopper_forward
 from ava_kernels.attention.tiles import ring_for
-from ava_kernels.hopper import GROUP
+from ava_kernels.hopper import GROUP, runs_on
 from ava_kernels.rotary import kernels as rotary
 
 if TYPE_CHECKING:
     from ava_kernels.attention.kernels import Shape
 
+__all__ = ["backward", "forward", "runs_on", "takes"]
 OWN = GROUP.value  # rows of a group of warps
 PADDED = (32, 64, 128)  # elements that a head has in shared memory
 
@@ -47,15 +48,6 @@ PADDED = (32, 64, 128)  # elements that a head has in shared memory
 def takes(q: Tensor) -> bool:
     """Whether such queries can be taken."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and 0 < q.shape[-1] <= PADDED[-1]
-
-
-def runs_on(q: Tensor) -> bool:
-    return q.is_cuda and _has_capability_9(q.device.index)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_capability_9(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 def forward(

@@ -25,8 +25,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ava_kernels.experts import hopper_kernels
 from ava_kernels.experts.reference import GATED
-from ava_kernels.hopper import GROUP
+from ava_kernels.hopper import GROUP, runs_on
 
+__all__ = ["back", "rows", "runs_on", "takes", "up", "weights"]
 OWN, COLUMNS, DEPTH = GROUP.value, hopper_kernels.COLUMNS.value, hopper_kernels.DEPTH.value
 STAGES = {1: 6, 2: 4}  # by halves of columns: as many as shared memory has room for
 REGISTERS = 168  # of a thread, before groups share them out
@@ -36,10 +37,6 @@ UNIT = 8  # elements of 16 bytes, which divide every size and stride
 def takes(x: Tensor) -> bool:
     """Whether there are kernels for such tensors."""
     return x.dtype in (torch.float16, torch.bfloat16)
-
-
-def runs_on(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def rows(x: Tensor, w: Tensor, ends: Tensor, out: Tensor) -> bool:
