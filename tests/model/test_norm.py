@@ -14,8 +14,9 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def everything_is_large(monkeypatch):
     """So that few rows are many chunks, the last one smaller."""
+    monkeypatch.setattr(norm, "SMALL", 0)
     monkeypatch.setattr(norm, "CHUNK", 100)
     torch.manual_seed(0)
 
@@ -80,6 +81,13 @@ def test_same_input_gives_same_bits():
     x, weight, dy = torch.randn(33, 64), torch.randn(64), torch.randn(33, 64)
     first, second = results(ours, x, weight, dy), results(ours, x, weight, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_few_elements_are_torchs(monkeypatch):
+    monkeypatch.setattr(norm, "SMALL", 3 * 24)
+    weight = torch.ones(24, requires_grad=True)
+    kinds = [type(ours(torch.randn(rows, 24), weight).grad_fn).__name__ for rows in (3, 4)]
+    assert kinds == [type(F.rms_norm(torch.randn(3, 24), (24,), weight).grad_fn).__name__, "_RMSNormBackward"]
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
