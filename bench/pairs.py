@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ava_kernels import grad_stats, route
 
-from bench import attention, expert_peers, gradients, loss, rotary, routing
+from bench import attention, expert_peers, gradients, loss, norm, rotary, routing
 
 Action = Callable[[], object]
 PAIRS: dict[str, Callable[[], Iterator[tuple[Action, Action]]]] = {}
@@ -86,6 +86,14 @@ def _rotary() -> Iterator[tuple[Action, Action]]:
     problem = attention.make_problem(size, "cpu", torch.float32)
     ours, plain = (rotary.action(rotate, problem, size) for rotate in rotary.CONTENDERS.values())
     yield ours, plain
+
+
+@pair("norm / F.rms_norm")
+def _norm() -> Iterator[tuple[Action, Action]]:
+    """Tensors of 32 MB have new pages every time. Smaller ones do or do not, and the ratio has two levels."""
+    problem = norm.problem_of(norm.Size(16384, 512, "alone"), "cpu", torch.float32)
+    ours, peer = (functools.partial(norm.with_sum, one) for one in (norm.rms_norm, norm.by_torch))
+    yield functools.partial(norm.results_of, ours, *problem), functools.partial(norm.results_of, peer, *problem)
 
 
 @pair("loss / linear, cross_entropy")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+SMALL = 2**15  # elements up to which calls cost more than memory, and torch's are in C++: a token that is generated
 CHUNK = 2**17  # elements that backward takes at a time, so that what it makes of them stays in the cache
 
 
@@ -27,11 +28,11 @@ class RMSNorm(nn.RMSNorm):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (…, N), weight (N,) → like x.
 
-    On a CPU in float32 and float64 it is differentiable once, and keeps x and a number a row for that. Elsewhere, and
-    where torch.compile fuses it with what stands beside it, it is `F.rms_norm`.
+    On a CPU in float32 and float64, with more than `SMALL` elements, it is differentiable once, and keeps x and a
+    number a row for that. Elsewhere, and where torch.compile fuses it with what stands beside it, it is `F.rms_norm`.
     """
     written_out = x.device.type in ("cpu", "meta") and x.dtype == weight.dtype and x.dtype.itemsize >= 4
-    if written_out and not torch.compiler.is_compiling():
+    if written_out and not torch.compiler.is_compiling() and x.numel() > SMALL:
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 

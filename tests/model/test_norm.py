@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ava_fast.model import norm
 from ava_fast.model.norm import RMSNorm, rms_norm
@@ -13,8 +14,9 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def everything_is_large(monkeypatch):
     """So that few rows are many chunks, the last one smaller."""
+    monkeypatch.setattr(norm, "SMALL", 0)
     monkeypatch.setattr(norm, "CHUNK", 100)
     torch.manual_seed(0)
 
@@ -33,7 +35,7 @@ def ours(x, weight):
     return rms_norm(x, weight, EPS)
 
 
-@pytest.mark.parametrize("shape", [(3, 17, 24), (40, 7), (1, 250), (5, 3, 2, 8), (0, 6), (9, 1)])
+@pytest.mark.parametrize("shape", [(3, 17, 24), (40, 7), (1, 250), (5, 3, 2, 8), (0, 6), (9, 1), (24,)])
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e6])  # among them rows that eps matters to
 def test_output_and_gradients_are_the_formula(shape, size):
     x, dy, weight = size * torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
@@ -65,9 +67,10 @@ def test_a_second_derivative_is_refused():
         dx.sum().backward()
 
 
-def test_it_keeps_x_and_a_number_a_row():
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # the memory plan counts on meta what a run will keep
+def test_it_keeps_x_and_a_number_a_row(device):
     kept = []
-    x, weight = torch.randn(50, 64, requires_grad=True), torch.ones(64, requires_grad=True)
+    x, weight = (torch.ones(shape, device=device, requires_grad=True) for shape in ((50, 64), (64,)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ours(x, weight)
     assert sorted(t.numel() for t in kept) == [50, 64, 50 * 64]
@@ -80,10 +83,47 @@ def test_same_input_gives_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_few_elements_are_torchs(monkeypatch):
+    monkeypatch.setattr(norm, "SMALL", 3 * 24)
+    weight = torch.ones(24, requires_grad=True)
+    kinds = [type(ours(torch.randn(rows, 24), weight).grad_fn).__name__ for rows in (3, 4)]
+    assert kinds == [type(F.rms_norm(torch.randn(3, 24), (24,), weight).grad_fn).__name__, "_RMSNormBackward"]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_torchs(dtype):
-    x, weight = torch.randn(5, 32).to(dtype), torch.randn(32).to(dtype)
-    assert torch.equal(ours(x, weight), F.rms_norm(x, (32,), weight, EPS))
+@pytest.mark.parametrize("in_float32", ["neither", "x", "weight"])  # weight: as under autocast
+def test_16_bits_are_torchs(dtype, in_float32):
+    x = torch.randn(5, 32).to(torch.float32 if in_float32 == "x" else dtype)
+    weight = torch.randn(32).to(torch.float32 if in_float32 == "weight" else dtype)
+    found, true = ours(x, weight), F.rms_norm(x, (32,), weight, EPS)
+    assert found.dtype == true.dtype
+    assert torch.equal(found, true)
+
+
+def test_autocast_rounds_nothing():
+    x, weight, dy = torch.randn(33, 64), torch.randn(64), torch.randn(33, 64)
+    plain = results(ours, x, weight, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(ours, x, weight, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+def test_checkpointing_gives_the_same_bits():
+    x, weight, dy = torch.randn(33, 64), torch.randn(64), torch.randn(33, 64)
+    found = results(lambda *args: checkpoint(ours, *args, use_reentrant=False), x, weight, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, results(ours, x, weight, dy), strict=True))
+
+
+def test_what_is_compiled_is_torchs():
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(ours, backend=keep, fullgraph=True)(torch.randn(3, 24, requires_grad=True), torch.ones(24))
+    assert torch.rms_norm in [node.target for node in graphs[0].graph.nodes]
 
 
 def test_the_module_is_torchs_but_for_its_backward_pass():
