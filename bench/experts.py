@@ -15,6 +15,9 @@ backward besides weights and output, to be compared with `kept_floor`, x and h; 
 On a GPU the work is done in a second process. Where that crashes or hangs, the contender that ran is left out from then
 on and the size is begun again. Results are written after every size, the most telling ones first: all sizes without the
 contenders that take long to compile and tune themselves, then all again with them.
+
+--pin puts the sizes at which "ours, hopper" takes less time than "ours", all loads and both directions together, into
+the table that `moe_mlp` chooses by: `~/.cache/ava_kernels/tiles.json`, or with --ship that of the package.
 """
 
 from __future__ import annotations
@@ -33,9 +36,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ava_kernels import tiles
+from ava_kernels.experts.tiles import SHIPPED
+from ava_kernels.experts.tiles import problem as problem_of
 from torch import Tensor
 
-from bench import machine
+from bench import machine, tables
 from bench.check import expert_mlp, is_lost, relative_error, results_of
 from bench.expert_peers import OURS, SLOW, Contender, Problem, contenders, make_problem
 
@@ -101,6 +107,8 @@ def main() -> int:
     parser.add_argument("--processes", action="store_true", help="work in a second process on a CPU too")
     parser.add_argument("--only-quick", action="store_true", help="without contenders that are slow to compile")
     parser.add_argument("--name", help="of the file of results; experts_cpu or experts_cuda if left out")
+    parser.add_argument("--pin", action="store_true", help="choose by these results from now on")
+    parser.add_argument("--ship", action="store_true", help="and write that into the table that the package ships")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     name = options.name or f"experts_{options.device}"
@@ -145,7 +153,26 @@ def main() -> int:
         if time.monotonic() > deadline and options.device == "cuda":
             break
     print(machine.write(name, result))
+    if options.pin or options.ship:
+        generation = tiles.generation(torch.device(options.device))
+        for problem in better_on_hopper(result["sizes"]):
+            table = SHIPPED if options.ship else tiles.cache_file()
+            tables.keep(table, generation, "moe_mlp", problem, ["hopper", "triton"])
+            print(f"{problem}: hopper, triton")
     return 0 if result["sizes"] else 1
+
+
+def better_on_hopper(rows: list[dict[str, Any]]) -> list[str]:
+    """→ the problems, by their name in tables, at which "ours, hopper" is faster by more than 1 %."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        pair = [row["contenders"].get(name) for name in ("ours", "ours, hopper")]
+        _, M, I, E, _ = row["size"]
+        total = seconds.setdefault(problem_of(E, M, I, torch.bfloat16), [0.0, 0.0])
+        for number, figures in enumerate(pair):
+            for direction in ("forward", "backward"):
+                total[number] += figures[direction]["median_ms"] if figures else float("inf")
+    return [problem for problem, (ours, hopper) in seconds.items() if 1.01 * hopper < ours]
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@
 What is done, in this order, each as a process of its own with a time limit, so that none can end the rest: what machine
 this is; the gradient extension's CUDA half built if it is not and nvcc is there; every kernel checked against float64
 (`bench.check`); how fast this GPU multiplies and copies; the operations at the shapes of published models (`SHARES`),
-after which attention is chosen by what was measured (`bench.attention --pin`); better tiles for experts and attention
-where they are less ahead of a peer than they should be, and these timed again; a whole training step. What one does not
-use of its share of the time is left to the others. Results are JSON files in `bench/results`: `gpu_cuda.json` tells how
-every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2 without a GPU. `python -m
-bench.guard gpu` then compares with the baseline, `python -m bench.report` makes the page.
+after which kernels are chosen by what was measured (`--pin` of bench.experts and bench.attention); better tiles for
+experts and attention where they are less ahead of a peer than they should be, and these timed again; a whole training
+step. What one does not use of its share of the time is left to the others. Results are JSON files in `bench/results`:
+`gpu_cuda.json` tells how every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2
+without a GPU. `python -m bench.guard gpu` then compares with the baseline, `python -m bench.report` makes the page.
 
 Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
 `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
@@ -139,7 +139,8 @@ class Session:
             size = {"rotary": "1,32,2,1,16,causal", "norm": "64,16,residual", "loss": "64,16,100"}[name]
             return ["-m", f"bench.{name}", *(["--size", size, *few] if cpu else [])]
         if name == "experts":
-            return ["-m", "bench.experts", "--device", self.device, *budget, *(["--rows", "0", *few] if cpu else [])]
+            more = ["--rows", "0", *few] if cpu else ["--pin"]
+            return ["-m", "bench.experts", "--device", self.device, *budget, *more]
         if name == "attention":
             small = ["--size", "1,32,2,1,16,causal", *few] if cpu else []
             return ["-m", "bench.attention", "--device", self.device, *budget, *(small if cpu else ["--pin"])]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ava_kernels import tiles
+from ava_kernels.experts.tiles import order_for
 
-from bench import expert_peers, experts
+from bench import expert_peers, experts, machine
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
@@ -70,6 +72,33 @@ def test_what_is_wrong_or_raises_is_recorded_and_not_timed(monkeypatch):
         assert row["contenders"].keys() == {"ours"}
         assert "relative errors {'output': '0.1'" in row["failed"]["wrong"]
         assert row["failed"]["missing"] == "ModuleNotFoundError: No module named 'nothing'"
+
+
+def test_sizes_at_which_hoppers_kernels_are_faster_are_pinned(monkeypatch, tmp_path, capsys):
+    """By both loads and directions together; where they failed once they are not."""
+
+    def row(I, ours, hopper):
+        contenders = {
+            name: {"forward": {"median_ms": time}, "backward": {"median_ms": 2 * time}}
+            for name, time in (("ours", ours), ("ours, hopper", hopper))
+            if time
+        }
+        return {"size": [8, 16, I, 4, 2], "name": "", "routing": "even", "contenders": contenders}
+
+    rows = [row(32, 1.0, 0.8), row(32, 1.0, 1.1), row(64, 1.0, 0.999), row(96, 1.0, 0.5), row(96, 1.0, None)]
+    assert experts.better_on_hopper(rows) == ["4×16×32 bfloat16"]
+    monkeypatch.setenv("AVA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(experts, "in_processes", lambda *_: iter([{"row": each} for each in rows[:1]]))
+    monkeypatch.setattr(experts, "run", lambda *_: None)
+    monkeypatch.setattr(experts, "_print", lambda row: None)
+    monkeypatch.setattr(tiles, "generation", lambda device: "sm_90")
+    monkeypatch.setattr("sys.argv", ["experts", "--device", "cuda", "--pin"])
+    assert experts.main() == 0
+    assert "4×16×32 bfloat16: hopper, triton" in capsys.readouterr().out
+    assert order_for(torch.empty(0, dtype=torch.bfloat16), 4, 16, 32) == ["hopper", "triton"]
+    assert order_for(torch.empty(0, dtype=torch.bfloat16), 4, 16, 64) == ["triton"]
+    tiles.forget()
 
 
 def test_a_crash_leaves_out_whom_it_belongs_to_and_the_rest_goes_on(tmp_path):

@@ -138,6 +138,7 @@ def test_the_order_is_the_most_telling_first_and_a_step_that_fails_ends_nothing(
         assert commands[name][1:3] == ["bench.tune", operation]
         assert commands[name][-3:] == ["--shapes", *shapes]
     assert "--pin" in commands["attention"]
+    assert "--pin" in commands["experts"]
     assert commands["attention, tuned"][-4:] == ["--size", shapes[0], "--size", shapes[1]]
     assert commands["experts, tuned"][-2:] == ["--size", "16,4,2,1,1"]
     assert limits[-1] == pytest.approx(1020, abs=20)  # nobody used any time

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import contextmanager
 
 import gluon_on_cpu
 import pytest
 import torch
 import torch.nn.functional as F
-from ava_kernels import moe_mlp, route
+from ava_kernels import moe_mlp, route, tiles
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
-from ava_kernels.experts import hopper, hopper_kernels
+from ava_kernels.experts import hopper, hopper_kernels, hopper_weights, op
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "on_this_cpu")
 
@@ -237,6 +239,29 @@ def test_what_it_does_not_take(monkeypatch):
         moe_mlp(x, gate_up, down, routing, backend="hopper")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "expected"),
+    [
+        (torch.bfloat16, (8, 64, 40), "hopper"),
+        (torch.bfloat16, (8, 64, 48), "triton"),  # "any"
+        (torch.float32, (8, 64, 40), "triton"),  # which the first of its list does not take
+    ],
+)
+def test_a_table_says_whose_kernels_are_taken(monkeypatch, tmp_path, dtype, shape, expected):
+    table = {"8×64×40 bfloat16": ["hopper", "triton"], "8×64×40 float32": ["hopper"], "any": ["triton"]}
+    (tmp_path / "tiles.json").write_text(json.dumps({"sm_90": {"moe_mlp": table}}))
+    monkeypatch.setenv("AVA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
+    tiles.forget()
+    with FakeTensorMode():
+        x, down = (torch.empty(size, dtype=dtype, device="cuda") for size in ((10, shape[1]), shape))
+        assert op._choose(x, down) == expected
+        monkeypatch.setenv("AVA_KERNELS_CACHE", str(tmp_path / "none"))
+        tiles.forget()
+        assert op._choose(x, down) == "triton"  # what ships
+    tiles.forget()
+
+
 FAULTS = {
     "copies are told of too early": (
         hopper_kernels._gather_rows,
@@ -265,13 +290,13 @@ FAULTS = {
         "w.block_type.nbytes // 2",
     ),
     "sums' copies are told of too early": (
-        hopper_kernels._fetch_for_sums,
+        hopper_weights._fetch_for_sums,
         "async_copy.wait_group(late)",
         "async_copy.wait_group(late + 1)",
     ),
-    "a sum's left side is not cleared": (hopper_kernels._weights_of_group, "clear_behind(left_LB, end - at)", "pass"),
+    "a sum's left side is not cleared": (hopper_weights._weights_of_group, "clear_behind(left_LB, end - at)", "pass"),
     "a sum's right side is not cleared": (
-        hopper_kernels._weights_of_group,
+        hopper_weights._weights_of_group,
         "clear_behind(right_LC2, end - at)",
         "pass",
     ),

@@ -5,7 +5,8 @@ ring of stages, across the ends of tiles: weights and rows that lie side by side
 asynchronous copies, whose indices are in registers before a tile begins. A group has one product under way while it
 issues the next. Tiles, their order and every formula are those of `kernels.py`.
 
-Not run on a GPU yet, so taken only where `backend="hopper"` asks for it. What is known of it: it compiles for sm_90
+Not run on a GPU yet, so taken only where `backend="hopper"` asks for it or a table of what was measured has it first
+(`tiles.py`). What is known of it: it compiles for sm_90
 without spills (`python -m bench.sm90`), and its tests run every warp of it on a CPU, against a loop over the experts.
 
 What TMA cannot fetch, because it does not begin at multiples of 16 bytes or has no side that lies side by side,
@@ -23,7 +24,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ava_kernels.experts import hopper_kernels
+from ava_kernels.experts import hopper_kernels, hopper_weights
 from ava_kernels.experts.reference import GATED
 from ava_kernels.hopper import GROUP, runs_on
 
@@ -141,7 +142,7 @@ def weights(x: Tensor, x_token: Tensor | None, y: Tensor, y_token: Tensor | None
     descriptor = TensorDescriptor(other, list(other.shape), list(other.stride()), tile, _layout(tile, other.dtype))
     tiles = E * triton.cdiv(M, 2 * OWN) * triton.cdiv(P, 2 * COLUMNS)
     programs = min(_processors(out.device), tiles)
-    hopper_kernels._hopper_weights[(programs,)](
+    hopper_weights._hopper_weights[(programs,)](
         gathered,
         gathered.stride(0),
         token,

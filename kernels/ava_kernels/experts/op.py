@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ava_kernels.backend import runs_on_triton
-from ava_kernels.experts import reference
+from ava_kernels.experts import reference, tiles
 from ava_kernels.routing.op import Routing
 
 Backend = Literal["triton", "hopper", "torch"]
@@ -46,8 +46,8 @@ def moe_mlp(
     returning them, so that micro-batches sum up in float32 whatever the weights' dtype. Not under torch.compile.
 
     `backend`: "triton", the kernels of `kernels.py`; "hopper", those of `hopper.py` in their place where it has some,
-    for H100 and H200 and 16 bits; "torch", the definition (`reference.py`). By default "triton" on a GPU, "torch"
-    elsewhere.
+    for H100 and H200 and 16 bits; "torch", the definition (`reference.py`). By default "torch" without a GPU, and on
+    one the first that takes x, in the order that a table gives (`tiles.py`): as it ships, "triton".
 
     Never waits for a GPU, and the same input gives the same bits. Raises ValueError, naming the argument.
     """
@@ -125,22 +125,38 @@ def _check(
 def _check_backend(backend: str, x: Tensor) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper' or 'torch', or None")
-    if backend == "hopper":
-        from ava_kernels.experts import hopper  # triton is not installed everywhere
-
-        if not hopper.takes(x) or not hopper.runs_on(x):
-            raise ValueError(
-                f"backend is 'hopper', which is for float16 and bfloat16 and a GPU of compute capability 9; given are "
-                f"{x.dtype} on {x.device}: take backend='triton'"
-            )
+    if backend == "hopper" and not _hopper_takes(x):
+        raise ValueError(
+            f"backend is 'hopper', which is for float16 and bfloat16 and a GPU of compute capability 9; given are "
+            f"{x.dtype} on {x.device}: take backend='triton'"
+        )
 
 
-def _implementation(tensor: Tensor, backend: str | None, direction: str) -> Callable[..., Any]:
-    if backend == "torch" or (backend is None and not runs_on_triton(tensor)):
+def _hopper_takes(x: Tensor) -> bool:
+    from ava_kernels.experts import hopper  # triton is not installed everywhere
+
+    return hopper.takes(x) and hopper.runs_on(x)
+
+
+def _implementation(x: Tensor, down: Tensor, backend: str | None, direction: str) -> Callable[..., Any]:
+    chosen = backend or _choose(x, down)
+    if chosen == "torch":
         return getattr(reference, direction)
     from ava_kernels.experts import kernels
 
-    return partial(getattr(kernels, direction), on_hopper=backend == "hopper")
+    return partial(getattr(kernels, direction), on_hopper=chosen == "hopper")
+
+
+def _choose(x: Tensor, down: Tensor) -> str:
+    if not runs_on_triton(x):
+        return "torch"
+    if x.is_cuda:
+        for name in tiles.order_for(x, *down.shape):
+            if name == "hopper" and _hopper_takes(x):
+                return name
+            if name == "triton":
+                break
+    return "triton"
 
 
 @torch.library.custom_op("ava_kernels::moe_mlp", mutates_args=())
@@ -160,7 +176,7 @@ def _moe_mlp(
     if not weight.numel() or not gate_up.numel():
         return torch.zeros_like(x, memory_format=torch.contiguous_format), x.new_empty(len(token), gate_up.shape[1])
     with torch.cuda.device_of(x):
-        forward = _implementation(x, backend, "forward")
+        forward = _implementation(x, down, backend, "forward")
         return forward(x, gate_up, down, weight, token, slot, ends, activation)
 
 
@@ -192,7 +208,7 @@ def _moe_mlp_backward(
         gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
     else:
         with torch.cuda.device_of(x):
-            backward = _implementation(x, backend, "backward")
+            backward = _implementation(x, down, backend, "backward")
             gradients = backward(
                 dout, x, gate_up, down, weight, token, slot, ends, h, activation, needs, gate_up_sum, down_sum
             )

@@ -1,8 +1,13 @@
-"""Which tile each product of `kernels.py` is cut into, by `tiles.json` (`ava_kernels/tiles.py` tells how it is read).
+"""Which tile each product of `kernels.py` is cut into, and which kernels are taken where nobody asks for some, by
+`tiles.json` (`ava_kernels/tiles.py` tells how it is read).
 
 A problem is "E×M×I bfloat16" where it is pinned; all others are "16 bit" or "32 bit", which may have entries of their
 own: "16 bit, odd" where M or I is no multiple of 64, and before that "16 bit, unaligned" where one is no multiple of 16
 bytes.
+
+Which kernels stands under "moe_mlp", by the same problems or, for all that have no entry of their own, "any": names of
+op.py's backends, the fastest first. What ships is "triton" alone, as nothing was measured on a GPU yet; `python -m
+bench.experts --pin` writes what it measured.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from ava_kernels import tiles
 
 SHIPPED = Path(__file__).with_name("tiles.json")
 KERNELS = ("up", "rows", "back", "weights")
+ORDERED = ("triton", "hopper")
 
 
 class Tile(NamedTuple):
@@ -34,6 +40,12 @@ def tile_for(kernel: str, x: Tensor, E: int, M: int, I: int) -> Tile:
     """The tile of one of KERNELS for x's device and dtype, and experts (E, 2I, M) and (E, M, I)."""
     generation, problems = tiles.generation(x.device), _problems(x.dtype, E, M, I)
     return Tile(*tiles.find(SHIPPED, kernel, generation, problems, len(Tile._fields)))
+
+
+def order_for(x: Tensor, E: int, M: int, I: int) -> list[str]:
+    """Of ORDERED, the fastest first, for x's device and dtype, and experts (E, 2I, M) and (E, M, I)."""
+    problems = *_problems(x.dtype, E, M, I), "any"
+    return tiles.find_order(SHIPPED, "moe_mlp", tiles.generation(x.device), problems, ORDERED)
 
 
 @functools.cache
