@@ -62,6 +62,13 @@ def conflicts(config: Config) -> list[Fault]:
     if config.data.document_attention and training.attention_backend == "sdpa":
         allowed = "auto, triton or torch, or set data.document_attention to false"
         refuse("training.attention_backend", "sdpa", allowed)
+    if training.attention_backend == "hopper":
+        if training.precision != "bf16":
+            allowed = f"auto, or set training.precision to bf16 (now {training.precision})"
+            refuse("training.attention_backend", "hopper", allowed)
+        if config.head_dim % 8 or config.head_dim > 128:
+            allowed = f"auto, or heads of 8, 16 … 128 elements (now {config.head_dim})"
+            refuse("training.attention_backend", "hopper", allowed)
     thresholds = config.memory.thresholds or []
     if thresholds != sorted(set(thresholds)):
         refuse("memory.thresholds", thresholds, "four shares that rise")

@@ -90,9 +90,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def _device(config: Config) -> str:
+    attention = config.training.attention_backend
     if not torch.cuda.is_available():
-        if config.training.attention_backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError("training.attention_backend: triton needs a GPU, and there is none; set auto")
+        interpreted = attention == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if attention in ("triton", "hopper") and not interpreted:
+            raise UserError(f"training.attention_backend: {attention} needs a GPU, and there is none; set auto")
         compiler = os.environ.get("CXX", "g++")
         if config.training.compile and not (shutil.which(compiler) or shutil.which("clang++")):
             raise UserError(f"training.compile: needs a C++ compiler on a CPU, and there is no {compiler}; set false")
@@ -100,6 +102,9 @@ def _device(config: Config) -> str:
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     if config.training.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise UserError(f"training.precision: {', '.join(names)} has no bf16; set fp32")
+    generations = {torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count())}
+    if attention == "hopper" and generations != {9}:
+        raise UserError(f"training.attention_backend: hopper needs an H100 or H200, not {', '.join(names)}; set auto")
     return f"{torch.cuda.device_count()} × {', '.join(sorted(names))}"
 
 

@@ -245,9 +245,9 @@ class TrainingConfig(Section):
     compile: bool = False
     """Run every block through `torch.compile`: some seconds to a minute before the first step, and faster ones after.
     On a CPU it needs a C++ compiler. Not with ZeRO-3, which fetches a block's weights in the midst of it."""
-    attention_backend: Literal["auto", "sdpa", "triton", "torch"] = "auto"
-    """What computes attention: torch's fastest after a rotation, our kernels with the rotation inside (on a GPU), or
-    plain PyTorch. `auto`: by docs/attention.md."""
+    attention_backend: Literal["auto", "sdpa", "triton", "hopper", "torch"] = "auto"
+    """What computes attention: torch's fastest after a rotation, our kernels with the rotation inside (on a GPU; hopper
+    on an H100 or H200, in bf16), or plain PyTorch. `auto`: by docs/attention.md."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Of initial weights, data order and router noise."""
     init_from: str | None = None

@@ -70,6 +70,8 @@ FEATURES["debug mode"] = ["training.mode=debug"]
 REFUSED = [
     ["deepspeed.zero_stage=0", "stability.gradient_surgery=pcgrad", "training.gradient_accumulation_steps=1"],
     ["training.attention_backend=sdpa", "data.document_attention=true"],
+    ["training.attention_backend=hopper"],
+    ["training.attention_backend=hopper", "training.precision=bf16", "model.head_dim=136"],
     ["model.hidden_size=30", "model.num_heads=4"],
     ["model.num_heads=4", "model.num_kv_heads=3"],
     ["model.num_layers=2", "model.num_dense_layers=3"],

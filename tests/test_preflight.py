@@ -60,11 +60,14 @@ def test_what_needs_a_gpu_or_a_compiler_is_refused_without(config: Path, monkeyp
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    for_hopper = load_config(config, ["training.attention_backend=hopper", "training.precision=bf16"])
     asked = load_config(config, ["training.attention_backend=triton"])
-    assert "training.attention_backend" in failing(asked)["device"]
+    assert "training.attention_backend: triton needs a GPU" in failing(asked)["device"]
+    assert "training.attention_backend: hopper needs a GPU" in failing(for_hopper)["device"]
     assert "no-such-compiler" in failing(load_config(config, ["training.compile=true"]))["device"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert not failing(asked)
+    assert "device" in failing(for_hopper)
 
 
 def test_an_old_package_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # i
 
 
 def runs_on(x: Tensor) -> bool:
-    """Whether x is on an H100, H200 or their like."""
-    return x.is_cuda and _has_capability_9(x.device.index)
+    """Whether x is on an H100, H200 or their like, or has no memory, as in a plan of what a run will need."""
+    return x.is_meta or (x.is_cuda and _has_capability_9(x.device.index))
 
 
 @torch.compiler.assume_constant_result
