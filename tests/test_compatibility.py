@@ -163,7 +163,7 @@ def page() -> str:
         "",
         "## Not in these tables",
         "",
-        "There is no setting yet for expert parallelism. Attention by our kernels (`triton`) needs a",
+        "There is no setting yet for expert parallelism. Attention by our kernels (`triton`, `hopper`) needs a",
         "GPU: where there is none, the preflight refuses it. On a CPU, `torch.compile` breaks its graph where",
         "documents are attended to apart, as their ends are read on the host.",
         "What an exception on one rank leads to depends on the ZeRO stage:",
