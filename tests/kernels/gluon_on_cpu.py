@@ -355,10 +355,10 @@ def _translated(module: types.ModuleType) -> dict[str, Any]:
     """The module's names as kernels are to see them."""
     names: dict[str, Any] = {"__builtins__": builtins}
     for name, value in vars(module).items():
-        if isinstance(value, GluonJITFunction):
-            own = value.fn.__module__ == module.__name__
-            seen = names if own else _translated(sys.modules[value.fn.__module__])
-            names[name] = types.FunctionType(value.fn.__code__, seen, name, value.fn.__defaults__)
+        if isinstance(value, GluonJITFunction) and value.fn.__module__ == module.__name__:
+            names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
+        elif isinstance(value, GluonJITFunction):
+            names[name] = names_of(value)[value.fn.__name__]
         elif isinstance(value, gl.constexpr):
             names[name] = value.value
         else:
@@ -372,13 +372,15 @@ def names_of(kernel: GluonJITFunction) -> dict[str, Any]:
 
 
 def with_fault(monkeypatch: Any, kernel: GluonJITFunction, line: str, other: str) -> None:
-    """Runs a kernel with one line of it changed."""
+    """Runs a kernel with one line of it changed, wherever it is called."""
     source = inspect.getsource(kernel.fn)
     assert source.count(line) == 1
     names: dict[str, Any] = names_of(kernel)
     changed: dict[str, Any] = {}
     exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
-    monkeypatch.setitem(names, kernel.fn.__name__, changed[kernel.fn.__name__])
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ava_kernels.") and vars(module).get(kernel.fn.__name__) is kernel:
+            monkeypatch.setitem(_translated(module), kernel.fn.__name__, changed[kernel.fn.__name__])
 
 
 def _argument(value: Any) -> Any:
