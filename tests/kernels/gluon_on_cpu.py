@@ -378,9 +378,13 @@ def with_fault(monkeypatch: Any, kernel: GluonJITFunction, line: str, other: str
     names: dict[str, Any] = names_of(kernel)
     changed: dict[str, Any] = {}
     exec("from __future__ import annotations\n" + source[source.index("def ") :].replace(line, other), names, changed)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ava_kernels.") and vars(module).get(kernel.fn.__name__) is kernel:
-            monkeypatch.setitem(_translated(module), kernel.fn.__name__, changed[kernel.fn.__name__])
+    callers = [
+        _translated(module)  # all of them before the first is changed: one takes its names from another
+        for name, module in list(sys.modules.items())
+        if name.startswith("ava_kernels.") and vars(module).get(kernel.fn.__name__) is kernel
+    ]
+    for caller in callers:
+        monkeypatch.setitem(caller, kernel.fn.__name__, changed[kernel.fn.__name__])
 
 
 def _argument(value: Any) -> Any:
