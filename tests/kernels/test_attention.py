@@ -9,6 +9,7 @@ import torch
 from ava_kernels import apply_rotary, rope_attention, rope_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
@@ -367,6 +368,18 @@ def test_operators_are_registered_in_full(triton_backend):
         torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), dlse, *saved, *shape, False))
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_the_definition_of_packed_documents_is_registered_in_full(softcap):
+    q, k, v = inputs(6, 6, (4, 2), 8, torch.float32, batch=1)
+    cu = documents_of([2, 3])
+    ops, options = torch.ops.ava_kernels, (0.3, -1, 0, softcap)
+    for return_lse in (False, True):
+        torch.library.opcheck(ops.attention_by_document, (q, k, v, cu, cu, *options, return_lse))
+    plain, dout = [t.detach() for t in (q, k, v)], torch.randn(q.shape)
+    for dlse in (None, torch.randn(1, 4, 6)):
+        torch.library.opcheck(ops.attention_by_document_backward, (dout, dlse, *plain, cu, cu, *options))
+
+
 def test_compiles_as_a_whole_graph(backend):
     cos, sin = tables(20, 8)
 
@@ -378,6 +391,61 @@ def test_compiles_as_a_whole_graph(backend):
     torch.compile(block, fullgraph=True, backend="aot_eager")(*compiled).backward()
     for mine, other in zip(compiled, eager, strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
+
+
+MASKS = [{}, {"causal": False}, {"window_size": (3, 0)}, {"softcap": 2.0}]
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_compiles_once_for_all_lengths(backend, options):
+    torch._dynamo.reset()  # which counts the compilations of all these cases as one function's
+    cos, sin = tables(30, 8)
+    compiled = torch.compile(
+        lambda q, k, v: rope_attention(q, k, v, cos, sin, **options), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for S in (20, 27):
+        tensors = inputs(S, S, (4, 2), 16, torch.float32)
+        upstream = torch.randn(tensors[0].shape)
+        mine = with_gradients(lambda *t: (compiled(*t),), tensors, (upstream,))
+        other = with_gradients(lambda *t: (rope_attention(*t, cos, sin, **options),), tensors, (upstream,))
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiles_with_documents_that_are_elsewhere_each_time(backend):
+    cos, sin = tables(30, 8)
+    compiled = torch.compile(
+        lambda q, k, v, cu: rope_attention(q, k, v, cos, sin, cu_seqlens=cu), fullgraph=True, backend="aot_eager"
+    )
+    packed = [t.detach()[0].requires_grad_() for t in inputs(40, 40, (4, 2), 16, torch.float32, batch=1)]
+    for lengths in ([20, 20], [13, 27], [5, 30]):
+        cu_seqlens, upstream = documents_of(lengths), torch.randn(40, 4, 16)
+        mine = with_gradients(lambda *t, cu=cu_seqlens: (compiled(*t, cu),), packed, (upstream,))
+        other = with_gradients(
+            lambda *t, cu=cu_seqlens: (rope_attention(*t, cos, sin, cu_seqlens=cu),), packed, (upstream,)
+        )
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+def test_tells_shapes_without_numbers(backend, options):
+    with FakeTensorMode():
+        q, k = torch.empty(9, 4, 16, dtype=torch.float16, requires_grad=True), torch.empty(9, 2, 16).half()
+        cos, cu_seqlens = torch.empty(9, 8), torch.empty(3, dtype=torch.int32)
+        out, lse = rope_attention(q, k, k, cos, cos, cu_seqlens=cu_seqlens, max_seqlen=7, return_lse=True, **options)
+        (dq,) = torch.autograd.grad(out.sum() + lse.sum(), [q])
+    assert (out.shape, out.dtype, dq.shape, dq.dtype) == (q.shape, q.dtype, q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((4, 9), torch.float32)
+
+
+def test_positions_of_one_row_are_those_of_all(backend):
+    q, k, v = (t.detach() for t in inputs(6, 6, (2, 1), 16, torch.float32))
+    cos, sin = tables(20, 8)
+    row = torch.randint(0, 20, (1, 6))
+    expected = rope_attention(q, k, v, cos, sin, position_ids=row.expand(2, 6).contiguous())
+    assert torch.equal(rope_attention(q, k, v, cos, sin, position_ids=row), expected)
+    assert torch.equal(apply_rotary(q, cos, sin, position_ids=row), apply_rotary(q, cos, sin, position_ids=row[0]))
 
 
 def test_keeps_turned_queries_and_keys_instead_of_the_given_ones(triton_backend):
@@ -442,6 +510,9 @@ def test_refuses_heads_that_do_not_fit_and_half_a_table():
         rope_attention(q, q, q, cos=torch.zeros(2, 4))
 
 
+TABLE = {"cos": torch.zeros(2, 4), "sin": torch.zeros(2, 4)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -450,11 +521,26 @@ def test_refuses_heads_that_do_not_fit_and_half_a_table():
         ({"q": torch.zeros(2, 2, 4, 8)}, "q has 2 sequences, k and v have 1"),
         ({"cu_seqlens": torch.zeros(2, dtype=torch.int32)}, r"they must be \(T, H, D\), as cu_seqlens is given"),
         ({"cos": torch.zeros(2, 5), "sin": torch.zeros(2, 5)}, "do not fit a head dimension of 8"),
-        ({"cos": torch.zeros(1, 4), "sin": torch.zeros(1, 4)}, "cos and sin have 1 positions; the sequences have 2"),
+        (
+            {"cos": torch.zeros(1, 4), "sin": torch.zeros(1, 4)},
+            "have 1 positions; the longest sequence has 2",
+        ),
         ({"cos": torch.zeros(2, 4, requires_grad=True), "sin": torch.zeros(2, 4)}, "get none here: detach them"),
         ({"window_size": (-2, 0)}, r"window_size is \(-2, 0\); it must be"),
+        ({"window_size": 3}, "window_size is 3; it must be"),
         ({"softcap": -1.0}, "softcap is -1.0; it must be 0"),
-        ({"position_ids": torch.zeros(3, dtype=torch.int64)}, r"position_ids is torch.int64 of shape \(3,\)"),
+        ({"softcap": float("nan")}, "softcap is nan; it must be a finite number"),
+        ({"softcap": None}, "softcap is None; it must be a finite number"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf; it must be a finite number"),
+        ({"max_seqlen": 2}, "max_seqlen is given without cu_seqlens"),
+        ({"position_ids": torch.zeros(2, dtype=torch.int64)}, "position_ids are given without cos and sin"),
+        ({"cos": torch.zeros(2, 4).int(), "sin": torch.zeros(2, 4).int()}, "both must be floats"),
+        ({"position_ids": torch.zeros(3, dtype=torch.int64), **TABLE}, r"position_ids is torch.int64 of shape \(3,\)"),
+        (
+            {"position_ids": torch.tensor([0, 2]), **TABLE},
+            "are 0 to 2; cos and sin have the positions 0 to 1",
+        ),
+        ({"position_ids": torch.tensor([-1, 0]), **TABLE}, "position_ids are -1 to 0; cos and sin have the positions"),
         ({"backend": "flash"}, "backend is 'flash'; it must be"),
         ({"backend": "sdpa", "softcap": 1.0}, "backend is 'sdpa', which has no window_size, softcap"),
         ({"backend": "sdpa", "deterministic": True}, "take backend='triton'"),
@@ -464,6 +550,23 @@ def test_refuses_by_name(change, message):
     arguments = {name: torch.zeros(1, 2, 4, 8) for name in "qkv"} | change
     with pytest.raises(ValueError, match=message):
         rope_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ends", "change", "message"),
+    [
+        ([0, 5], {}, r"cu_seqlens is \[0, 5\]; .* the last at most 4, the number of tokens"),
+        ([1, 4], {}, r"cu_seqlens is \[1, 4\]; it must hold 0 and the documents' ends"),
+        ([0, 3, 2, 4], {}, r"cu_seqlens is \[0, 3, 2, 4\]; .* each as large as the one before it"),
+        ([0, 4], {"max_seqlen": 3}, "max_seqlen is 3, but a document of cu_seqlens has 4 tokens"),
+        ([0, 4], {"max_seqlen": 4.5}, "max_seqlen is 4.5; it must be an int"),
+        ([0, 4], TABLE, "cos and sin have 2 positions; the longest sequence has 4"),
+    ],
+)
+def test_documents_that_are_not_there_are_refused(backend, ends, change, message):
+    q = torch.zeros(4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        rope_attention(q, q, q, cu_seqlens=torch.tensor(ends, dtype=torch.int32), **change)
 
 
 def test_cu_seqlens_of_another_dtype_are_refused():

@@ -233,7 +233,30 @@ def test_table_needs_pairs(rotary_dim):
         rope_table(4, rotary_dim)
 
 
+@pytest.mark.parametrize(("change", "message"), [({"length": -1}, "length is -1"), ({"theta": 0.0}, "theta is 0.0")])
+def test_tables_of_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        rope_table(**{"length": 4, "rotary_dim": 8} | change)
+
+
 @pytest.mark.parametrize(("cos_shape", "sin_shape"), [((4, 2), (4, 2)), ((5, 5), (5, 5)), ((5, 2), (5, 1))])
 def test_tables_that_do_not_fit_are_refused(cos_shape, sin_shape):
-    with pytest.raises(ValueError, match=r"do not fit x|positions; x has"):
+    with pytest.raises(ValueError, match=r"do not fit x|positions; the longest"):
         apply_rotary(torch.zeros(1, 5, 1, 8), torch.zeros(cos_shape), torch.zeros(sin_shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 5, 1, 8, dtype=torch.int32)}, "x is torch.int32; it must be floats"),
+        ({"cos": None}, "cos and sin are the tables to turn by: give both"),
+        ({"position_ids": torch.full((5,), 5)}, "position_ids are 5 to 5; cos and sin have the positions 0 to 4 alone"),
+        ({"position_ids": torch.full((2, 5), 0)}, r"position_ids is torch.int64 of shape \(2, 5\)"),
+        ({"x": torch.zeros(6, 1, 8), "cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens is torch.int64"),
+        ({"x": torch.zeros(6, 1, 8), "cu_seqlens": torch.tensor([0, 6]).int()}, "the longest sequence has 6"),
+    ],
+)
+def test_refuses_by_name(backend, change, message):
+    arguments = {"x": torch.zeros(1, 5, 1, 8), "cos": torch.zeros(5, 2), "sin": torch.zeros(5, 2)} | change
+    with pytest.raises(ValueError, match=message):
+        apply_rotary(**arguments)

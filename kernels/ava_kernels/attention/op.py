@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ava_kernels.attention import reference, sdpa, tiles
 from ava_kernels.backend import runs_on_triton
-from ava_kernels.rotary.op import places
+from ava_kernels.rotary.op import check_cu_seqlens, check_position_ids, check_table, places
 
 MAX_HEAD_DIM = 256
 Backend = Literal["triton", "hopper", "sdpa", "torch"]
@@ -78,8 +79,8 @@ def rope_attention(
 
     q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, any strides →
     (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` turns elements
-    (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in the sequence, or what `position_ids`
-    (B, S) or (S,) says.
+    (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in its own sequence, in q and in k, or
+    what `position_ids` (B or 1, S) or (S,) says; on a GPU positions beyond the table are not noticed.
 
     Masks are aligned to the bottom right: query i is at i + S_k − S_q. `causal` hides the keys behind it;
     `window_size` (left, right) those further than `left` before and `right` behind, −1 for no limit. A query that sees
@@ -87,7 +88,8 @@ def rope_attention(
 
     With `cu_seqlens` (documents + 1) int32, 0 and the documents' ends, q, k and v are packed, (T, H, D): no document
     sees another, and positions begin anew with each unless `position_ids` (T,) says otherwise. Rows behind the last end
-    give 0. `max_seqlen`, the longest document's length, spares work; T is assumed without it.
+    give 0. `max_seqlen`, the longest document's length, spares work; T is assumed without it. On a GPU neither is
+    checked, as that would be to wait for it.
 
     `return_lse` also returns log Σ exp of each query's scores, (B, H_q, S_q), packed (H_q, T), float32 (float64 for
     float64), −∞ where no key is seen. Differentiable once in q, k and v, through both.
@@ -102,7 +104,7 @@ def rope_attention(
     Raises ValueError, naming the argument.
     """
     packed = cu_seqlens is not None
-    _check(q, k, v, cos, sin, window_size, softcap, cu_seqlens, position_ids)
+    _check(q, k, v, cos, sin, softmax_scale, window_size, softcap, cu_seqlens, max_seqlen, position_ids)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     left, right = window_size or (-1, -1)
     if causal:
@@ -212,9 +214,11 @@ def _check(
     v: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
+    scale: float | None,
     window_size: tuple[int, int] | None,
     softcap: float,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     position_ids: Tensor | None,
 ) -> None:
     dims = 4 if cu_seqlens is None else 3
@@ -235,34 +239,109 @@ def _check(
         raise ValueError(f"the head dimension is {D}; it must lie between 1 and {MAX_HEAD_DIM}")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin belong together: give both or neither")
-    if cos is not None and sin is not None:
-        if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > D:
-            raise ValueError(
-                f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit a head dimension of {D}: both must be "
-                f"(positions, at most {D // 2})"
-            )
-        if cos.requires_grad or sin.requires_grad:
-            raise ValueError("cos and sin require a gradient, and get none here: detach them")
-        longest = max(q.shape[1], k.shape[1])
-        if cu_seqlens is None and position_ids is None and len(cos) < longest:
-            raise ValueError(f"cos and sin have {len(cos)} positions; the sequences have {longest}")
-    if window_size is not None and (len(window_size) != 2 or min(window_size) < -1):
+    if window_size is not None and not is_window(window_size):
         raise ValueError(f"window_size is {window_size}; it must be (left, right), each 0 or more, or -1 for no limit")
+    for name, number in (("softmax_scale", 1.0 if scale is None else scale), ("softcap", softcap)):
+        if not isinstance(number, (int, float)) or not -math.inf < number < math.inf:
+            raise ValueError(f"{name} is {number!r}; it must be a finite number")
     if softcap < 0:
         raise ValueError(f"softcap is {softcap}; it must be 0, for none, or more")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1):
-        raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must be int32 (documents + 1,)"
-        )
+    tokens = q.shape[: dims - 2]
+    if cu_seqlens is None and max_seqlen is not None:
+        raise ValueError("max_seqlen is given without cu_seqlens, which pack the documents that it is about")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, max_seqlen)
     if position_ids is not None:
-        tokens = q.shape[: dims - 2]
-        if position_ids.is_floating_point() or tuple(position_ids.shape) not in (tuple(tokens), tuple(tokens[-1:])):
-            raise ValueError(
-                f"position_ids is {position_ids.dtype} of shape {tuple(position_ids.shape)}; it must be integers "
-                f"{tuple(tokens)}"
-            )
-        if q.shape[1] != k.shape[1] and dims == 4:
+        if cos is None:
+            raise ValueError("position_ids are given without cos and sin, the tables that they point into")
+        if dims == 4 and q.shape[1] != k.shape[1]:
             raise ValueError("position_ids are given, which say where queries and keys are: q and k must be as long")
+        check_position_ids(position_ids, tokens, len(cos))
+    if cos is None or sin is None:
+        return
+    if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > D or not cos.is_floating_point():
+        raise ValueError(
+            f"cos {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)} do not fit a head dimension of "
+            f"{D}: both must be floats (positions, at most {D // 2})"
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos and sin require a gradient, and get none here: detach them")
+    if position_ids is None:
+        check_table(cos, max(q.shape[1], k.shape[1]), cu_seqlens, max_seqlen)
+
+
+def is_window(window_size: Any) -> bool:
+    """Whether it is (left, right), each an int from −1 on."""
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    return pair and all(isinstance(side, int) and side >= -1 for side in window_size)
+
+
+@torch.library.custom_op("ava_kernels::attention_by_document", mutates_args=())
+def _by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition with packed documents for torch.compile, which must not see their ends read. lse may have no
+    element."""
+    out, lse = reference.by_document(q, k, v, cu_q, cu_k, scale, left, right, softcap, return_lse)
+    return out.contiguous(), q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) if lse is None else lse
+
+
+@_by_document.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (1, q.shape[2], q.shape[1]) if rest[-1] else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("ava_kernels::attention_by_document_backward", mutates_args=())
+def _by_document_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.by_document_backward(dout, dlse, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+
+
+@_by_document_backward.register_fake
+def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_documents(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, left, right, softcap, return_lse = inputs
+    ctx.set_materialize_grads(False)
+    if not return_lse:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors)
+    ctx.options = scale, left, right, softcap
+
+
+def _documents_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return (None,) * 10
+    if dout is None:
+        dout = torch.zeros_like(ctx.saved_tensors[0])
+    gradients = torch.ops.ava_kernels.attention_by_document_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 7
+
+
+_by_document.register_autograd(_documents_backward, setup_context=_save_documents)
 
 
 @torch.library.custom_op("ava_kernels::attention", mutates_args=())
@@ -288,6 +367,8 @@ def _attention(
     """→ out, lse, and the turned queries and keys: without a table, or (queries) unless `keep`, with no element."""
     from ava_kernels.attention import kernels  # triton is not installed everywhere
 
+    if cu_q is not None and cu_k is not None and q.is_cpu:
+        reference.check_documents(q, k, cu_q, cu_k)
     shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
     with torch.cuda.device_of(q):
         if hopper:

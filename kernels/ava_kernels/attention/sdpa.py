@@ -3,6 +3,8 @@ faster than ours."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,17 +36,13 @@ def attention(
     if cos is not None and sin is not None:
         q, k = (apply_rotary(t, cos, sin, interleaved=interleaved, position_ids=position_ids) for t in (q, k))
     S_q, S_k = q.shape[1], k.shape[1]
-    mask = None
-    if causal and S_q != S_k and S_q > 1:  # torch's own causal mask is aligned to the top left
-        mask = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
+    options: dict[str, Any] = {}  # branches, as torch's attention refuses symbolic truths, which torch.compile has
+    if q.shape[2] != k.shape[2]:
+        options["enable_gqa"] = True
+    if causal and S_q == S_k:
+        options["is_causal"] = True
+    elif causal and S_q > 1:  # torch's own causal mask is aligned to the top left
+        options["attn_mask"] = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
+    q_BHSD, k_BHSD, v_BHSD = (t.transpose(1, 2) for t in (q, k, v))
     with sdpa_kernel(ORDER, set_priority=True):
-        out_BHSD = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and S_q == S_k,
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-    return out_BHSD.transpose(1, 2)
+        return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, scale=scale, **options).transpose(1, 2)

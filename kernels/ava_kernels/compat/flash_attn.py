@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ava_kernels.attention import reference
-from ava_kernels.attention.op import MAX_HEAD_DIM, attention, rope_attention
+from ava_kernels.attention.op import MAX_HEAD_DIM, attention, is_window, rope_attention
 from ava_kernels.backend import runs_on_triton
 from ava_kernels.rotary.op import apply_rotary, places
 
@@ -199,6 +199,8 @@ def apply_rotary_emb(
     each sequence begins at position `seqlen_offsets`, an int, or (sequences,) ints, which must stay within the table.
     max_seqlen, the longest sequence's length, serves to check the table's; None will do.
     """
+    if max_seqlen is not None and cu_seqlens is None:
+        raise ValueError("max_seqlen is given without cu_seqlens, which pack the sequences that it is about")
     if isinstance(seqlen_offsets, Tensor):
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         if tuple(seqlen_offsets.shape) != (sequences,) or seqlen_offsets.is_floating_point():
@@ -228,14 +230,14 @@ def apply_rotary_emb(
 
 
 def _refuse(dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    if dropout_p:
+    if dropout_p != 0.0:
         raise ValueError(f"dropout_p is {dropout_p}, and attention without dropout alone is computed here: give 0.0")
     if alibi_slopes is not None:
         raise ValueError("alibi_slopes is given, and attention without a position bias alone is computed here")
 
 
 def _check_window(window_size: tuple[int, int]) -> None:
-    if len(window_size) != 2 or not all(isinstance(side, int) and side >= -1 for side in window_size):
+    if not is_window(window_size):
         raise ValueError(f"window_size is {window_size}; it must be (left, right), each 0 or more, or -1 for no limit")
 
 

@@ -65,6 +65,10 @@ def rope_table(
     """
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(f"rotary_dim is {rotary_dim}; it must be even and positive, since the rotation turns pairs")
+    if length < 0:
+        raise ValueError(f"length is {length}; it must be 0 or more, the number of positions")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta is {theta}; it must be a positive number")
     given = {key: value for key, value in (scaling or {}).items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
     _check(kind, given, rotary_dim)
