@@ -74,8 +74,10 @@ def forward(
         else:
             h_RH = h_NH = grouped_mm(x_RM, gate_up_EHM.mT, ends_E)
         y_RM = _product(_activate(h_RH, activation), down_EMI[experts].mT, ends_E).to(out_TM.dtype)
-        # A token is at an expert once, so the order of the sum is the order of the experts.
-        out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
+        if isinstance(experts, int):  # a token is at an expert once: the order of the sum is the order of the experts
+            out_TM.index_add_(0, token_R, y_RM.mul_(weight_N[rows, None]))
+        else:
+            out_TM = _sum_by_token(y_RM, token_N, slot_N, weight_TK)
     return out_TM.to(x_TM.dtype), h_NH
 
 
@@ -122,7 +124,11 @@ def backward(
             x_RM = x_TM.index_select(0, token_R)
             dgate_up_EHM = _contract(dh_RH, x_RM, ends_E, dgate_up_EHM, experts, gate_up_sum_EHM is not None)
         if dx_TM is not None:
-            dx_TM.index_add_(0, token_R, _product(dh_RH, gate_up_EHM[experts], ends_E).to(dx_TM.dtype))
+            dx_RM = _product(dh_RH, gate_up_EHM[experts], ends_E).to(dx_TM.dtype)
+            if isinstance(experts, int):
+                dx_TM.index_add_(0, token_R, dx_RM)
+            else:
+                dx_TM = _sum_by_token(dx_RM, token_N, slot_N, torch.ones_like(weight_TK))
     dweight_TK = torch.zeros_like(weight_TK)
     dweight_TK[token_N, slot_N] = dweight_N
     return (
@@ -172,6 +178,13 @@ def _gradient(weight: Tensor, total: Tensor | None, ends_E: Tensor) -> Tensor:
 def _product(x_RL: Tensor, w: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of one expert times its weight (L, P), or all rows times (E, L, P), 0 for those of no expert."""
     return torch.mm(x_RL, w) if w.dim() == 2 else grouped_mm(x_RL, w, ends_E)
+
+
+def _sum_by_token(y_NM: Tensor, token_N: Tensor, slot_N: Tensor, weight_TK: Tensor) -> Tensor:
+    """→ (T, M): each token's weighted rows of y, added in the order of its slots."""
+    row_TK = torch.empty_like(weight_TK, dtype=torch.int64)
+    row_TK[token_N, slot_N] = torch.arange(len(token_N), device=token_N.device)
+    return F.embedding_bag(row_TK, y_NM, mode="sum", per_sample_weights=weight_TK.to(y_NM.dtype))
 
 
 def _contract(x_RM: Tensor, y_RP: Tensor, ends_E: Tensor, out_EMP: Tensor, experts: int | slice, add: bool) -> Tensor:
