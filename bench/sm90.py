@@ -12,6 +12,7 @@ wgmma wait for each other.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTen
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+triton.knobs.nvidia.dump_ptxas_log = True
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LINE = "{case:44} {kernel:15} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared"
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tma": r"cp\.async\.bulk\.tensor", "cp_async": r"cp\.async\.c[ag]\."}
@@ -273,26 +275,19 @@ def compile_launch(
     key = str((fn.__name__, signature, constants, attributes, options, architecture))
     if key not in _compiled:
         source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        _compiled[key] = {"kernel": fn.__name__, **_resources(compiled, architecture)}
+        said = io.StringIO()
+        with redirect_stdout(said):  # where Triton writes what its assembler says, if it runs it
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        _compiled[key] = {"kernel": fn.__name__, **_resources(compiled, architecture, said.getvalue())}
     return _compiled[key]
 
 
 _compiled: dict[str, dict[str, Any]] = {}  # what differs in no way that the compiler sees is compiled once
 
 
-def _resources(compiled: Any, architecture: int) -> dict[str, Any]:
-    target = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
-    assembler = ASSEMBLERS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        usage = subprocess.run(
-            [assembler, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin")],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=True,
-        ).stderr
+def _resources(compiled: Any, architecture: int, usage: str) -> dict[str, Any]:
+    if "registers" not in usage:  # it was in Triton's cache
+        usage = _assembled(compiled.asm["ptx"], architecture)
     return {
         "registers": _number(r"Used (\d+) registers", usage),
         "spills": _number(r"(\d+) bytes spill stores", usage),
@@ -301,6 +296,17 @@ def _resources(compiled: Any, architecture: int) -> dict[str, Any]:
         **{name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
         "serialized": "wgmma.mma_async instructions are serialized" in usage,
     }
+
+
+def _assembled(ptx: str, architecture: int) -> str:
+    """→ what the assembler says of the registers."""
+    target = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
+    assembler = ASSEMBLERS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler, "-v", f"-arch={target}", source, "-o", source.with_suffix(".cubin")]
+        return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
 
 
 def _number(pattern: str, text: str) -> int:
