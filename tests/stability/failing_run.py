@@ -17,11 +17,13 @@ from ava_fast.trainer import Trainer
 
 
 def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
-    """Makes `rank` fail in the midst of the first micro-batch after `step` steps."""
+    """Makes `rank` fail in the midst of the first micro-batch after `step` steps, when what is saved in the background
+    is on the disk, so that it does not depend on the disk where the run goes on."""
 
     def fail(*_: Any) -> None:
         anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if trainer.engine.rank == rank and trainer.step == step and not anew:
+            await_checkpoint(trainer)
             if what == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "stopped":
@@ -37,6 +39,12 @@ def sabotage(trainer: Trainer, what: str, rank: int, step: int) -> None:
         model.get_parameter("blocks.1.mlp.down").register_hook(fail)
     else:
         model.get_submodule("blocks.1.mlp_norm").register_forward_pre_hook(fail)
+
+
+def await_checkpoint(trainer: Trainer) -> None:
+    saved, deadline = trainer.keeper.saved_at, time.monotonic() + 30
+    while saved > 0 and not (trainer.checkpoints / f"step_{saved}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
