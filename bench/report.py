@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench import machine
-from bench.figures import NoProvenance, Result, Row, is_ours, nearest_peers, read_all
+from bench.figures import NoProvenance, Result, Row, nearest_peers, read_all
 
 BEGIN, END = "<!-- bench.report -->", "<!-- /bench.report -->"
 # In this order; a suite that is not here comes last, under its own name.
@@ -194,26 +194,35 @@ def significant(value: float) -> str:
 
 
 def readme_table(results: list[Result]) -> str:
+    """A line a suite, from its worst size to its best: none is chosen."""
     on_a_gpu = [result for result in results if result.device == "cuda"]
-    device = "cuda" if on_a_gpu else "cpu"
-    chosen = ordered(result for result in results if result.device == device)
-    lines = ["| | ours | fastest peer | ratio | commit, machine |", "|---|---|---|---|---|"]
-    for result in chosen:
-        where = f"{result.contents['commit']}, {result.machine()}"
-        peers = nearest_peers(result)
-        for row in peers if result.suite == "training_step" else peers[:2]:
-            same = [each for each in result.rows if (each.size, each.direction) == (row.size, row.direction)]
-            own = next((each for each in same if is_ours(each.contender)), row)
-            words = ": ".join((TITLES.get(result.suite, result.suite), row.size))
-            words += f", {row.direction}" if row.direction else ""
-            lines.append(f"| {words} | {_figure(own)} | {_figure(row)} ({row.contender}) | {_ratio(row)} | {where} |")
-        if not peers and result.suite in ("startup", "loader"):
-            for row in result.rows:
-                if row.contender in ("ours", "batches"):
-                    words = f"{TITLES[result.suite]}: {row.size}"
-                    lines.append(f"| {words} | {_figure(row)} | | | {where} |")
+    chosen = ordered(on_a_gpu or [result for result in results if result.device == "cpu"])
+    lines = [
+        "| | worst to best (×: the fastest peer's time over ours) | of | peers | commit, machine |",
+        "|---|---|---|---|---|",
+    ]
+    for suite, title in TITLES.items():
+        of_suite = [result for result in chosen if result.suite == suite]
+        peers = [row for result in of_suite for row in nearest_peers(result)]
+        ratios = sorted(row.ratio[0] for row in peers if row.ratio)
+        own = [row for result in of_suite for row in result.rows if row.contender in ("ours", "batches")]
+        if ratios:
+            found = _range([f"{ratio:.2f}×" for ratio in ratios])
+            at = f"{len(ratios)} sizes and passes" if len(ratios) > 1 else peers[0].size
+            names = ", ".join(dict.fromkeys(row.contender for row in peers))
+        elif own and suite in ("startup", "loader"):
+            found, names = _range([_figure(row) for row in own]), "none"
+            at = _range([row.size for row in own])
+        else:
+            continue
+        where = dict.fromkeys(f"{result.contents['commit']}, {result.machine()}" for result in of_suite)
+        lines.append(f"| {title} | {found} | {at} | {names} | {'; '.join(where)} |")
     never = [] if on_a_gpu else ["", "Nothing here has run on a GPU yet."]
     return "\n".join([*lines, *never]) + "\n"
+
+
+def _range(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
 def _figure(row: Row) -> str:
@@ -222,11 +231,6 @@ def _figure(row: Row) -> str:
     assert row.milliseconds
     ms = row.milliseconds[0]
     return f"{significant(ms / 1e3)} s" if ms >= 1000 else f"{significant(ms)} ms"
-
-
-def _ratio(row: Row) -> str:
-    assert row.ratio
-    return f"{row.ratio[0]:.2f}×"
 
 
 if __name__ == "__main__":

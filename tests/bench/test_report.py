@@ -102,7 +102,7 @@ def test_tables_pictures_and_what_was_never_run(here, monkeypatch):
 def test_readme_holds_the_gpus_rows_where_there_are_some(here, monkeypatch):
     assert run(here, monkeypatch=monkeypatch) == 0
     readme = (here / "README.md").read_text()
-    row = "| The loss over the vocabulary: 1,024 tokens, width 64, 1,000 words | 2.00 ms | 3.00 ms (Liger) | 1.50× |"
+    row = "| The loss over the vocabulary | 1.50× | 1,024 tokens, width 64, 1,000 words | Liger |"
     assert f"{row} 1a2b3c4, NVIDIA H200 |" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
@@ -111,7 +111,8 @@ def test_readme_holds_the_gpus_rows_where_there_are_some(here, monkeypatch):
         path.unlink()
     assert run(here, monkeypatch=monkeypatch) == 0
     readme = (here / "README.md").read_text()
-    assert "| 2.00 ms | 18.0 ms (torch) | 9.00× | 1a2b3c4, A CPU, 2 threads |" in readme
+    assert "| torch | 1a2b3c4, A CPU, 2 threads |" in readme
+    assert "| 9.00× |" in readme
     assert "Nothing here has run on a GPU yet." in readme
 
 
