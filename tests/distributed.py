@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks, each a fresh process with torchrun's environment.
+"""Runs a function on N gloo ranks, each a process of its own with torchrun's environment.
 
     def work(rank_argument):            # top level, so that a child process can import it
         init_distributed(config)
@@ -7,7 +7,8 @@
 
     value_of_rank_0, value_of_rank_1 = run_on_ranks(work, 2, rank_argument)
 
-The ranks meet at a store that this process holds, so no port is guessed and no two runs can collide.
+The ranks meet at a store that this process holds, so no port is guessed and no two runs can collide. They are forked
+from a server that has imported the engine and done nothing else, which spares each the four seconds that this takes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ava_fast.trainer"])
+
 
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Calls `fn(*args)` on every rank; returns the results in rank order.
@@ -33,12 +37,12 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     in both cases no process is left behind.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    spawn = multiprocessing.get_context("spawn")
     ranks, pipes = [], []
     try:
         for rank in range(world_size):
-            receiver, sender = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_rank_main, args=(sender, rank, world_size, store.port, fn, args))
+            receiver, sender = FORKS.Pipe(duplex=False)
+            environment = {**os.environ, **_environment(rank, world_size, store.port)}
+            process = FORKS.Process(target=_rank_main, args=(sender, environment, fn, args))
             process.start()
             sender.close()
             ranks.append(process)
@@ -73,19 +77,22 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(
-    sender: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # every rank is a client of the store above
+    }
+
+
+def _rank_main(sender: Connection, environment: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)  # ranks share the machine's cores, and one thread gives one order of summation
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # every rank is a client of the store above
-    )
+    os.environ.clear()  # the server's is from when it began
+    os.environ.update(environment)
     try:
         # Pickled here, as plain bytes: a queue would pass tensors as handles that die with this process.
         answer = (True, pickle.dumps(fn(*args)))
