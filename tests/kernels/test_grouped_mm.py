@@ -55,7 +55,7 @@ def test_is_the_loop_in_pytorch(monkeypatch, layout, dtype):
 
 
 @pytest.mark.parametrize("product", ["portable", "hopper"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_is_the_loop_on_the_kernels(product, layout, dtype):
     assert_is_the_loop(layout, dtype)
