@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ava_kernels.backend import asked_for, runs_on_triton
+from ava_kernels.backend import asked_for, check_triton, runs_on_triton
 from ava_kernels.experts import reference, tiles
 from ava_kernels.routing.op import Routing
 
@@ -49,10 +49,14 @@ def moe_mlp(
     for H100 and H200 and 16 bits; "torch", the definition (`reference.py`). By default "torch" without a GPU, and on
     one the first that takes x, in the order that a table gives (`tiles.py`): as it ships, "triton".
 
-    Never waits for a GPU, and the same input gives the same bits. Raises ValueError, naming the argument.
+    Never waits for a GPU, except in float64 and by "torch", which read on the host how many tokens each expert has. The
+    same input gives the same bits. Raises ValueError, naming the argument, and RuntimeError where Triton is asked for
+    and cannot run.
     """
     _check(x, gate_up, down, routing, activation, gradient_sums)
-    if backend is not None:
+    if backend is None:
+        asked_for()  # what cannot be understood is refused whatever is computed
+    else:
         _check_backend(backend, x)
     return torch.ops.ava_kernels.moe_mlp(
         x,
@@ -135,6 +139,8 @@ def _check(
 ) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(reference.ACTIVATIONS)}")
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing is {routing!r}; it must be a Routing, as route and routing_from make them")
     gated = activation in reference.GATED
     experts, rows = len(routing.offsets) - 1, "2I" if gated else "I"
     fits = x.dim() == 2 and gate_up.dim() == down.dim() == 3
@@ -162,6 +168,8 @@ def _check(
 def _check_backend(backend: str, x: Tensor) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper' or 'torch', or None")
+    if backend == "triton":
+        check_triton(x, "backend is 'triton'")
     if backend == "hopper" and not _hopper_takes(x):
         raise ValueError(
             f"backend is 'hopper', which is for float16 and bfloat16 and a GPU of compute capability 9; given are "
