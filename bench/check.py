@@ -510,7 +510,7 @@ def statistics(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[C
 def dtypes_of(device: str) -> list[torch.dtype]:
     if device == "cuda":
         return [torch.bfloat16, torch.float16, torch.float32]
-    # Triton's interpreter gets bfloat16 products wrong.
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
     interpreted = os.environ.get("AVA_KERNELS_BACKEND") == "triton"
     return [torch.float32, torch.float16 if interpreted else torch.bfloat16]
 

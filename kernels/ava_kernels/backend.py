@@ -17,21 +17,32 @@ def runs_on_triton(tensor: Tensor) -> bool:
     first import, Triton takes CPU tensors too. Raises ValueError for another value, RuntimeError where Triton is asked
     for and cannot run.
     """
-    choice = os.environ.get("AVA_KERNELS_BACKEND", "")
-    if choice not in ("", "triton", "torch"):
-        raise ValueError(f"AVA_KERNELS_BACKEND is {choice!r}; it must be triton or torch, or not be set")
+    choice = asked_for()
     if choice == "torch" or tensor.dtype == torch.float64:  # kernels accumulate in float32
         return False
     if choice == "":
         return tensor.is_cuda and _has_triton()
+    check_triton(tensor, "AVA_KERNELS_BACKEND=triton")
+    return True
+
+
+def asked_for() -> str:
+    """What AVA_KERNELS_BACKEND asks for: "triton", "torch" or "". Raises ValueError for anything else."""
+    choice = os.environ.get("AVA_KERNELS_BACKEND", "")
+    if choice not in ("", "triton", "torch"):
+        raise ValueError(f"AVA_KERNELS_BACKEND is {choice!r}; it must be triton or torch, or not be set")
+    return choice
+
+
+def check_triton(tensor: Tensor, asked_by: str) -> None:
+    """Raises RuntimeError where Triton cannot run on a tensor; `asked_by` names what asked for it, as it was given."""
     if not _has_triton():
-        raise RuntimeError("AVA_KERNELS_BACKEND=triton, but triton is not installed: pip install triton")
+        raise RuntimeError(f"{asked_by}, but triton is not installed: pip install triton")
     if not tensor.is_cuda and not tensor.is_meta and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            f"AVA_KERNELS_BACKEND=triton, but a tensor is on {tensor.device}: move it to a GPU, or set "
+            f"{asked_by}, but a tensor is on {tensor.device}: move it to a GPU, or set "
             "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
         )
-    return True
 
 
 @functools.cache

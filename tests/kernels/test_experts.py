@@ -108,11 +108,9 @@ def test_output_and_all_four_gradients_are_the_loop(product, size, activation):
         torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", ["odd", "aligned", "several_tiles"])
-def test_error_is_that_of_the_loop_in_the_same_precision(product, size, half):
-    # Triton's interpreter does not multiply bfloat16.
-    dtype = torch.float32 if not half else torch.bfloat16 if product == "torch" else torch.float16
+def test_error_is_that_of_the_loop_in_the_same_precision(product, size, dtype):
     T, E, K, M, I = SIZES[size]
     routing = routing_of(T, E, K)
     got = assert_as_exact_as_the_loop([*inputs(T, E, M, I, dtype), routing.weight], routing)
@@ -418,6 +416,8 @@ def test_shapes_that_do_not_fit_are_refused(x, gate_up, down):
 def test_other_arguments_are_refused_by_name():
     routing = routing_of(4, 3, 2)
     x, gate_up, down = (t.detach() for t in inputs(4, 3, 8, 4, torch.float32))
+    with pytest.raises(ValueError, match="routing is None; it must be a Routing, as route and routing_from make them"):
+        moe_mlp(x, gate_up, down, None)
     with pytest.raises(ValueError, match="activation is 'tanh'; it must be one of swiglu, geglu, gelu, relu2"):
         moe_mlp(x, gate_up, down, routing, activation="tanh")
     with pytest.raises(ValueError, match=r"\(E, I, M\), \(E, M, I\), T and E for the activation relu2"):
@@ -426,3 +426,29 @@ def test_other_arguments_are_refused_by_name():
         moe_mlp(x, gate_up.half(), down, routing)
     with pytest.raises(ValueError, match=r"gradient_sums: that of down is torch.float32 \(3, 8, 5\)"):
         moe_mlp(x, gate_up, down, routing, gradient_sums=(torch.zeros_like(gate_up), torch.zeros(3, 8, 5)))
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_triton_is_refused_where_it_cannot_run(monkeypatch, backend):
+    """Whether the environment asks for it or the call."""
+    routing, asked_by = routing_of(4, 3, 2), "backend is 'triton'"
+    if backend is None:
+        monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
+        asked_by = "AVA_KERNELS_BACKEND=triton"
+    tensors = [t.detach() for t in inputs(4, 3, 8, 4, torch.float32)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=f"{asked_by}, but a tensor is on cpu: move it to a GPU, or set TRITON_INTER"
+    ):
+        moe_mlp(*tensors, routing, backend=backend)
+    monkeypatch.setattr("ava_kernels.backend._has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match=f"{asked_by}, but triton is not installed"):
+        moe_mlp(*tensors, routing, backend=backend)
+
+
+@pytest.mark.parametrize("T", [4, 0])
+def test_an_unknown_backend_is_refused_whatever_there_is_to_do(monkeypatch, T):
+    routing = routing_of(T, 3, 2)
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="AVA_KERNELS_BACKEND is 'cuda'; it must be triton or torch"):
+        moe_mlp(*inputs(T, 3, 8, 4, torch.float32), routing)

@@ -208,12 +208,32 @@ def test_it_compiles_whole(backend):
     def step(tensors):
         stats = grad_stats(tensors, per_tensor=True)
         clip_(tensors, clip_coefficient(stats, 0.5))
+        clip_(tensors, 0.3)
         return [*as_tuple(stats), tensors[0] + 1]
 
     eager, traced = ([torch.randn(5, generator=torch.Generator().manual_seed(1)) for _ in range(2)] for _ in range(2))
     expected = step(eager)
     assert same_bits(torch.compile(step, backend="aot_eager", fullgraph=True)(traced), expected)
     assert same_bits(eager, traced)
+
+
+def test_tensors_without_memory_give_results_without(backend):
+    tensors = [torch.ones(3, device="meta"), torch.ones(2, dtype=torch.float64, device="meta")]
+    stats = grad_stats(tensors, per_tensor=True)
+    assert [t.device.type for t in as_tuple(stats)] == ["meta"] * 7
+    assert (stats.norm.dtype, stats.nonfinite.dtype, stats.tensor_norm.shape) == (torch.float64, torch.int64, (2,))
+    clip_(tensors, clip_coefficient(stats, 1.0))
+    clip_(tensors, 0.5)
+
+
+def test_any_iterable_will_do(backend):
+    tensors = {"a": torch.tensor([3.0]), "b": torch.tensor([-4.0])}
+    for several in (tensors.values(), tuple(tensors.values()), (t for t in tensors.values())):
+        assert grad_stats(several).norm.item() == 5.0
+    clip_((t for t in tensors.values()), torch.tensor(0.5))
+    clip_(tensors.values(), torch.tensor(0.5))
+    assert [t.item() for t in tensors.values()] == [0.75, -1.0]
+    assert grad_stats(t for t in ()).norm.item() == 0.0
 
 
 def test_gradients_of_parameters_are_fine_as_they_are(backend):
@@ -238,10 +258,32 @@ def test_what_cannot_be_is_refused_by_name():
         clip_([meta], torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"coefficient is torch.float32 of shape \(1,\)"):
         clip_([one], torch.ones(1))
-    with pytest.raises(ValueError, match="max_norm is 0"):
-        clip_coefficient(grad_stats([one]), 0)
-    with pytest.raises(ValueError, match="max_norm is nan"):
-        clip_coefficient(grad_stats([one]), NAN)
+    for number in (None, "0.5"):
+        with pytest.raises(ValueError, match=f"coefficient is {number!r}; it must be a number, or a tensor of one"):
+            clip_([one], number)
+    for function in (grad_stats, lambda given: clip_(given, 1.0)):
+        with pytest.raises(ValueError, match=r"tensors\[1\] is None: leave out parameters that have no gradient"):
+            function([one, None, one])
+        with pytest.raises(ValueError, match=r"tensors\[0\] is None"):
+            function([None, one])
+        with pytest.raises(ValueError, match=r"tensors\[0\] is 1.0; it must be a tensor"):
+            function([1.0])
+        with pytest.raises(ValueError, match=r"tensors is one tensor of shape \(4, 2\); it must be a list of them"):
+            function(torch.ones(4, 2))
+    for max_norm in (0, -1.0, NAN, None, "1"):
+        with pytest.raises(ValueError, match=f"max_norm is {max_norm!r}; it must be a number above 0"):
+            clip_coefficient(grad_stats([one]), max_norm)
+
+
+def test_a_tensor_whose_elements_share_memory_cannot_be_clipped(backend):
+    one = torch.ones(1)
+    for expanded in (one.expand(4), one.expand(3, 2), torch.ones(2, 1, 3).expand(2, 5, 3)):
+        with pytest.raises(ValueError, match=r"tensors\[1\] is expanded, .* its elements share memory"):
+            clip_([one, expanded], 0.5)
+    assert one.item() == 1.0
+    strided = torch.ones(4).as_strided((1, 2), (0, 2))
+    clip_([one.expand(1, 1), strided, torch.ones(0).expand(2, 0)], 0.5)
+    assert [one.item(), *strided[0].tolist()] == [0.5] * 3
 
 
 def test_an_unknown_backend_is_refused(monkeypatch):
@@ -303,6 +345,16 @@ def test_a_double_coefficient(backend):
     expected = [(t.to(w) * coefficient.to(w)).to(t.dtype) for t, w in zip(tensors, work, strict=True)]
     clip_(tensors, coefficient)
     assert same_bits(tensors, expected)
+
+
+def test_a_number_as_coefficient(backend):
+    tensors = [torch.randn(40).to(dtype) for dtype in DTYPES]
+    expected = [t.clone() for t in tensors]
+    clip_(expected, torch.tensor(1 / 3, dtype=torch.float64))
+    clip_(tensors, 1 / 3)
+    assert same_bits(tensors, expected)
+    clip_(tensors, 0)
+    assert not any(t.any() for t in tensors)
 
 
 def test_a_coefficient_of_one_touches_nothing(extension):

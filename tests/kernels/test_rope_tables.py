@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from ava_kernels import rope_table
+from ava_kernels import rope_table, rotary
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
@@ -127,3 +127,7 @@ def test_faults_are_named(scaling, message):
 def test_two_features_cannot_be_stretched_unevenly():
     with pytest.raises(ValueError, match="'ntk', which needs a rotary_dim of at least 4"):
         rope_table(8, 2, scaling={"rope_type": "ntk", "factor": 2.0})
+
+
+def test_is_found_where_the_rotation_is():
+    assert rotary.rope_table is rope_table

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ava_kernels.attention.tiles import Tile, tile_for
+from ava_kernels.dot import tile_dot
 from ava_kernels.rotary import kernels as rotary
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -351,7 +352,7 @@ def _attend(
         n_N = n + tl.arange(0, BN)
         there_N = n_N < len_k
         k_ND = _rows(k, n_N.to(tl.int64) * k_stride_s, there_N, D, D_PADDED)
-        s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+        s_MN = tile_dot(q_MD, tl.trans(k_ND), None, PRECISION)
         s_MN, _ = _scores(s_MN, scale, softcap, HAS_SOFTCAP)
         if (n < whole_start) | (n + BN > whole_end):
             seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
@@ -362,7 +363,7 @@ def _attend(
         shrink_M = tl.exp2(most_M - base_M)
         total_M = total_M * shrink_M + tl.sum(p_MN, axis=1)
         v_ND = _rows(v, n_N.to(tl.int64) * v_stride_s, there_N, D, D_PADDED)
-        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision=PRECISION)
+        out_MD = tile_dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], PRECISION)
         most_M = more_M
     return most_M, total_M, out_MD
 
@@ -456,7 +457,7 @@ def _keys_span(
         m_M = m + tl.arange(0, BM)
         there_M = m_M < len_q
         q_MD = _rows(q, m_M.to(tl.int64) * q_stride_s, there_M, D, D_PADDED)
-        s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
+        s_NM = tile_dot(k_ND, tl.trans(q_MD), None, PRECISION)
         s_NM, slope = _scores(s_NM, scale, softcap, HAS_SOFTCAP)
         lse_M = tl.load(lse_ptr + m_M, mask=there_M, other=0.0) * LOG2E
         p_NM = tl.exp2(s_NM - lse_M[None, :])
@@ -464,11 +465,11 @@ def _keys_span(
             seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_NM = tl.where(tl.trans(seen_MN), p_NM, 0.0)
         dout_MD = _rows(dout, m_M.to(tl.int64) * dout_stride_s, there_M, D, D_PADDED)
-        dv_ND = tl.dot(p_NM.to(dout_MD.dtype), dout_MD, dv_ND, input_precision=PRECISION)
-        dp_NM = tl.dot(v_ND, tl.trans(dout_MD), input_precision=PRECISION)
+        dv_ND = tile_dot(p_NM.to(dout_MD.dtype), dout_MD, dv_ND, PRECISION)
+        dp_NM = tile_dot(v_ND, tl.trans(dout_MD), None, PRECISION)
         dot_M = tl.load(dots_ptr + m_M, mask=there_M, other=0.0)
         ds_NM = p_NM * (dp_NM - dot_M[None, :]) * slope
-        dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
+        dk_ND = tile_dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, PRECISION)
     return dk_ND, dv_ND
 
 
@@ -537,16 +538,16 @@ def _queries_span(
         n_N = n + tl.arange(0, BN)
         there_N = n_N < len_k
         k_ND = _rows(k, n_N.to(tl.int64) * k_stride_s, there_N, D, D_PADDED)
-        s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+        s_MN = tile_dot(q_MD, tl.trans(k_ND), None, PRECISION)
         s_MN, slope = _scores(s_MN, scale, softcap, HAS_SOFTCAP)
         p_MN = tl.exp2(s_MN - lse_M[:, None])
         if (n < whole_start) | (n + BN > whole_end):
             seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_MN = tl.where(seen_MN, p_MN, 0.0)
         v_ND = _rows(v, n_N.to(tl.int64) * v_stride_s, there_N, D, D_PADDED)
-        dp_MN = tl.dot(dout_MD, tl.trans(v_ND), input_precision=PRECISION)
+        dp_MN = tile_dot(dout_MD, tl.trans(v_ND), None, PRECISION)
         ds_MN = p_MN * (dp_MN - dot_M[:, None]) * slope
-        dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
+        dq_MD = tile_dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, PRECISION)
     return dq_MD
 
 

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ava_kernels.dot import tile_dot
 from ava_kernels.experts import row_kernels
 from ava_kernels.experts.reference import GATED
 from ava_kernels.experts.tiles import Tile, tile_for
@@ -494,10 +495,10 @@ def _up(
         for at in range(0, M, BK):
             x_BL = _left_tile(x, offset_B, row, 1, at, M, POINTERS, WHOLE, BM, BK)
             w_LC = _right_tile(w, w_stride_e, w_stride_l, w_stride_p, expert, at, first, M, H, W, WHOLE, BN, BK)
-            gate = tl.dot(x_BL, w_LC, gate, input_precision=PRECISION)
+            gate = tile_dot(x_BL, w_LC, gate, PRECISION)
             if GATED:
                 w_LC = _right_tile(w, w_stride_e, w_stride_l, w_stride_p, expert, at, I + first, M, H, W, WHOLE, BN, BK)
-                up = tl.dot(x_BL, w_LC, up, input_precision=PRECISION)
+                up = tile_dot(x_BL, w_LC, up, PRECISION)
         gate_BC, gate_BC2 = _halves(gate)
         up_BC, up_BC2 = _halves(up)
         for half in tl.static_range(2):
@@ -535,7 +536,7 @@ def _rows(
         for at in range(0, L, BK):
             x_BL = _left_tile(x, offset_B, row, x_stride_l, at, L, X, WHOLE, BM, BK)
             w_LC = _right_tile(w, w_stride_e, w_stride_l, w_stride_p, expert, at, first, L, P, W, WHOLE, BN, BK)
-            out = tl.dot(x_BL, w_LC, out, input_precision=PRECISION)
+            out = tile_dot(x_BL, w_LC, out, PRECISION)
         column_C = first + tl.arange(0, BN)
         where_BC = out_ptr + row_B[:, None].to(tl.int64) * P + column_C[None, :]
         tl.store(where_BC, out.to(out_ptr.dtype.element_ty), mask=(row_B < end)[:, None] & (column_C < P)[None, :])
@@ -586,7 +587,7 @@ def _back(
         for at in range(0, M, BK):
             dout_BL = _left_tile(dout, offset_B, row, 1, at, M, POINTERS, WHOLE, BM, BK)
             w_LC = _right_tile(w, w_stride_e, w_stride_l, w_stride_p, expert, at, first, M, I, W, WHOLE, BN, BK)
-            da = tl.dot(dout_BL, w_LC, da, input_precision=PRECISION)
+            da = tile_dot(dout_BL, w_LC, da, PRECISION)
         half_BC, half_BC2 = _halves(da)
         part_B = tl.zeros([BM], tl.float32)
         for quarter in tl.static_range(4):
@@ -667,11 +668,11 @@ def _weights(
         for at in range(start, whole_end, BK):
             x_LB = _rows_of_a_sum(x, x_stride_n, x_stride_m, x_token_ptr, at, end, m, M, X, WHOLE, False, BK, BM)
             y_LC = _rows_of_a_sum(y, y_stride_n, y_stride_p, y_token_ptr, at, end, p, P, Y, WHOLE, False, BK, BN)
-            out = tl.dot(tl.trans(x_LB), y_LC, out, input_precision=PRECISION)
+            out = tile_dot(tl.trans(x_LB), y_LC, out, PRECISION)
         if whole_end < end:
             x_LB = _rows_of_a_sum(x, x_stride_n, x_stride_m, x_token_ptr, whole_end, end, m, M, X, WHOLE, True, BK, BM)
             y_LC = _rows_of_a_sum(y, y_stride_n, y_stride_p, y_token_ptr, whole_end, end, p, P, Y, WHOLE, True, BK, BN)
-            out = tl.dot(tl.trans(x_LB), y_LC, out, input_precision=PRECISION)
+            out = tile_dot(tl.trans(x_LB), y_LC, out, PRECISION)
         m_B, p_C = m + tl.arange(0, BM), p + tl.arange(0, BN)
         where_BC = out_ptr + tl.cast(expert, tl.int64) * out_stride_e
         where_BC += m_B[:, None].to(tl.int64) * out_stride_m + p_C[None, :].to(tl.int64) * out_stride_p

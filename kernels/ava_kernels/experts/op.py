@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ava_kernels.backend import runs_on_triton
+from ava_kernels.backend import asked_for, check_triton, runs_on_triton
 from ava_kernels.experts import reference, tiles
 from ava_kernels.routing.op import Routing
 
@@ -49,10 +49,14 @@ def moe_mlp(
     for H100 and H200 and 16 bits; "torch", the definition (`reference.py`). By default "torch" without a GPU, and on
     one the first that takes x, in the order that a table gives (`tiles.py`): as it ships, "triton".
 
-    Never waits for a GPU, and the same input gives the same bits. Raises ValueError, naming the argument.
+    Never waits for a GPU, except in float64 and by "torch", which read on the host how many tokens each expert has. The
+    same input gives the same bits. Raises ValueError, naming the argument, and RuntimeError where Triton is asked for
+    and cannot run.
     """
     _check(x, gate_up, down, routing, activation, gradient_sums)
-    if backend is not None:
+    if backend is None:
+        asked_for()  # what cannot be understood is refused whatever is computed
+    else:
         _check_backend(backend, x)
     return torch.ops.ava_kernels.moe_mlp(
         x,
@@ -68,24 +72,61 @@ def moe_mlp(
     )[0]
 
 
-def grouped_mm(x: Tensor, w: Tensor, *, offs: Tensor) -> Tensor:
-    """Rows offs[e-1] … offs[e]-1 of x times w[e]: `torch.nn.functional.grouped_mm`, in every float dtype and stride.
+def grouped_mm(
+    x: Tensor,
+    w: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.nn.functional.grouped_mm`, in every float dtype and stride: a product for each of E experts.
 
-    x (N, M), w (E, M, P), offs (E,) int32 cumulative ends → (N, P), 0 in rows from offs[-1] on; or x (M, N), w (N, P)
-    → (E, M, P), each expert's columns of x times its rows of w. Differentiable, any number of times. On a GPU it never
-    waits for the device. Raises ValueError, naming the argument.
+    x (N, M), w (E, M, P) → (N, P)     each expert's rows of x times its w; 0 in the rows of none
+    x (M, N), w (N, P) → (E, M, P)     each expert's columns of x times its rows of w
+    x (E, M, L), w (L, N) → (M, N)     each expert's x times its columns of w; 0 in the columns of none
+    x (E, M, L), w (E, L, P) → (E, M, P)
+
+    offs (E,) int32 says where each expert's share of N ends, and the next one's begins; in the last form, which has no
+    N, it is None. `bias` and another `out_dtype` than x's are refused, as torch refuses them. Differentiable, any
+    number of times. On a GPU it never waits for the device, except with `offs` in float64, or where
+    AVA_KERNELS_BACKEND=torch: PyTorch (`reference.py`) reads it on the host. Raises ValueError, naming the argument.
     """
+    asked_for()  # what cannot be understood is refused whatever is computed
+    _check_grouped(x, w, offs, bias, out_dtype)
+    if offs is None:
+        return torch.bmm(x, w)
+    if x.dim() == 3:
+        return torch.ops.ava_kernels.grouped_mm(w.mT, x.mT, offs).mT.contiguous()
+    return torch.ops.ava_kernels.grouped_mm(x, w, offs)
+
+
+def _check_grouped(
+    x: Tensor, w: Tensor, offs: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> None:
     if x.dtype != w.dtype or x.dtype not in FLOATS:
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}; both must be the same float dtype")
-    if x.dim() != 2 or w.dim() not in (2, 3) or x.shape[1] != w.shape[-2]:
+    shapes = f"x {tuple(x.shape)} and w {tuple(w.shape)}"
+    fits = x.dim() in (2, 3) and w.dim() in (2, 3) and x.shape[-1] == w.shape[-2]
+    if not fits or (x.dim() == w.dim() == 3 and len(x) != len(w)):
         raise ValueError(
-            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: they must be (N, M) and (E, M, P), "
-            "or (M, N) and (N, P)"
+            f"{shapes} do not fit: they must be (N, M) and (E, M, P), or (M, N) and (N, P), or (E, M, L) and (L, N), "
+            "or (E, M, L) and (E, L, P)"
         )
-    if offs.dtype != torch.int32 or offs.dim() != 1 or (w.dim() == 3 and len(offs) != len(w)):
-        experts = f" ({len(w)},)" if w.dim() == 3 else " (E,)"
-        raise ValueError(f"offs is {offs.dtype} of shape {tuple(offs.shape)}; it must be int32{experts}")
-    return torch.ops.ava_kernels.grouped_mm(x, w, offs)
+    if x.dim() == w.dim() == 3:
+        if offs is not None:
+            raise ValueError(f"offs is given; with {shapes} every expert has all of its own, and it must be None")
+    else:
+        E = len(w) if w.dim() == 3 else len(x) if x.dim() == 3 else None  # None: as many as offs says
+        experts = "(E,)" if E is None else f"({E},)"
+        if offs is None:
+            raise ValueError(f"offs is None; with {shapes} it must be int32 {experts}")
+        if offs.dtype != torch.int32 or offs.dim() != 1 or (E is not None and len(offs) != E):
+            raise ValueError(f"offs is {offs.dtype} of shape {tuple(offs.shape)}; it must be int32 {experts}")
+    if bias is not None:
+        raise ValueError("bias is given; it must be None: add it to the result")
+    if out_dtype not in (None, x.dtype):
+        raise ValueError(f"out_dtype is {out_dtype}; it must be x's, {x.dtype}, or None")
 
 
 def _check(
@@ -98,6 +139,8 @@ def _check(
 ) -> None:
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(reference.ACTIVATIONS)}")
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing is {routing!r}; it must be a Routing, as route and routing_from make them")
     gated = activation in reference.GATED
     experts, rows = len(routing.offsets) - 1, "2I" if gated else "I"
     fits = x.dim() == 2 and gate_up.dim() == down.dim() == 3
@@ -125,6 +168,8 @@ def _check(
 def _check_backend(backend: str, x: Tensor) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper' or 'torch', or None")
+    if backend == "triton":
+        check_triton(x, "backend is 'triton'")
     if backend == "hopper" and not _hopper_takes(x):
         raise ValueError(
             f"backend is 'hopper', which is for float16 and bfloat16 and a GPU of compute capability 9; given are "

@@ -7,15 +7,16 @@ built, and `reference.py`, which is also the definition, elsewhere. `AVA_KERNELS
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ava_kernels import backend
 from ava_kernels.gradients import reference
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,8 +42,8 @@ class GradStats:
     """(N,) int64: the number of non-finite values of each tensor, if asked for."""
 
 
-def grad_stats(tensors: Sequence[Tensor], *, per_tensor: bool = False) -> GradStats:
-    """L2 norm, largest magnitude and non-finite values of a list of tensors, read once.
+def grad_stats(tensors: Iterable[Tensor], *, per_tensor: bool = False) -> GradStats:
+    """L2 norm, largest magnitude and non-finite values of several tensors, read once.
 
     tensors: any number, of any shapes and strides, float32, float64, float16 or bfloat16, mixed at will, on one device.
     Those whose memory has gaps or overlaps are copied, others are read where they lie. With `per_tensor`, the same for
@@ -55,9 +56,11 @@ def grad_stats(tensors: Sequence[Tensor], *, per_tensor: bool = False) -> GradSt
     Inf though no value is, so ask `norm`, not only `nonfinite`, whether a step is safe.
 
     Never waits for the device and can be captured in a CUDA graph. The same tensors give the same bits on one device,
-    whatever the number of threads. Not differentiable. Raises ValueError, naming the tensor.
+    whatever the number of threads. Not differentiable. Of tensors on "meta" the results are on "meta", too. Raises
+    ValueError, naming the tensor.
     """
-    if not len(tensors):
+    tensors = _listed(tensors)
+    if not tensors:
         zero, none = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         each = (zero.new_zeros(0), zero.new_zeros(0), none.new_zeros(0)) if per_tensor else ()
         return GradStats(zero, zero.clone(), none, none - 1, *each)
@@ -75,29 +78,36 @@ def clip_coefficient(stats: GradStats, max_norm: float) -> Tensor:
     is 1: that formula would give 0 or NaN there, and erase the finite gradients or spoil them. Such a step must not
     be taken, and `stats` says so; scaling cannot repair it. Raises ValueError unless max_norm > 0 (Inf never clips).
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; it must be above 0 (float('inf') never clips)")
+    if not isinstance(max_norm, Real) or not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm!r}; it must be a number above 0 (float('inf') never clips)")
     coefficient = (max_norm / (stats.norm + 1e-6)).clamp(max=1.0)
     return torch.where(stats.norm.isfinite(), coefficient, 1.0)
 
 
-def clip_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+def clip_(tensors: Iterable[Tensor], coefficient: Tensor | float) -> None:
     """Multiplies tensors in place by a factor that stays on the device.
 
     tensors: as for `grad_stats`, but none may share memory with itself or another. coefficient: 0-d, float32 or
-    float64, on the tensors' device. Products are made in float32, in float64 for float64 tensors, and rounded to the
-    tensor's dtype. If the coefficient is 1 the extension sees that on the device, and neither reads nor writes a tensor
-    (on a GPU it does copy those with gaps in memory, forth and back).
+    float64, on the tensors' device, or a number. Products are made in float32, in float64 for float64 tensors, and
+    rounded to the tensor's dtype. If the coefficient is 1 the extension sees that on the device, and neither reads nor
+    writes a tensor (on a GPU it does copy those with gaps in memory, forth and back).
 
     Never waits for the device and can be captured in a CUDA graph. Outside autograd. Raises ValueError, naming the
-    tensor.
+    argument or the tensor.
     """
-    if coefficient.dim() or coefficient.dtype not in (torch.float32, torch.float64):
-        shape = tuple(coefficient.shape)
-        raise ValueError(f"coefficient is {coefficient.dtype} of shape {shape}; it must be one float32 or float64")
-    if not len(tensors):
+    tensors = _listed(tensors)
+    if isinstance(coefficient, Tensor):
+        if coefficient.dim() or coefficient.dtype not in (torch.float32, torch.float64):
+            shape = tuple(coefficient.shape)
+            raise ValueError(f"coefficient is {coefficient.dtype} of shape {shape}; it must be one float32 or float64")
+    elif not isinstance(coefficient, Real):
+        raise ValueError(f"coefficient is {coefficient!r}; it must be a number, or a tensor of one")
+    if not tensors:
         return
     _check(tensors)
+    _check_overlaps(tensors)
+    if not isinstance(coefficient, Tensor):  # as exact as it was; filled, as a copy would be waited for
+        coefficient = torch.full((), float(coefficient), dtype=torch.float64, device=tensors[0].device)
     if coefficient.device != tensors[0].device:
         raise ValueError(
             f"coefficient is on {coefficient.device}, the tensors on {tensors[0].device}: move one of them"
@@ -108,29 +118,48 @@ def clip_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         torch.autograd.graph.increment_version(tensors)  # the extension writes behind autograd's back
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
-    device = tensors[0].device
-    kinds = {(t.device, t.dtype, t.layout) for t in tensors}  # quick, for lists of thousands
-    if all(kind[0] == device and kind[1] in DTYPES and kind[2] == torch.strided for kind in kinds):
+def _listed(tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise ValueError(f"tensors is one tensor of shape {tuple(tensors.shape)}; it must be a list of them: [tensor]")
+    return list(tensors)
+
+
+def _check(tensors: list[Tensor]) -> None:
+    # Quick, for lists of thousands.
+    kinds = {(t.device, t.dtype, t.layout) if isinstance(t, Tensor) else None for t in tensors}
+    devices = {kind[0] for kind in kinds if kind}
+    if len(devices) == 1 and all(kind and kind[1] in DTYPES and kind[2] == torch.strided for kind in kinds):
         return
     for index, t in enumerate(tensors):
-        if t.device != device:
-            raise ValueError(f"tensors[{index}] is on {t.device}, tensors[0] on {device}: they must be on one device")
+        if not isinstance(t, Tensor):
+            given = "None: leave out parameters that have no gradient" if t is None else f"{t!r}; it must be a tensor"
+            raise ValueError(f"tensors[{index}] is {given}")
+        if t.device != tensors[0].device:
+            raise ValueError(
+                f"tensors[{index}] is on {t.device}, tensors[0] on {tensors[0].device}: they must be on one device"
+            )
         if t.dtype not in DTYPES or t.layout != torch.strided:
             raise ValueError(
                 f"tensors[{index}] is {t.dtype}, {t.layout}; it must be strided, float32, float64, float16 or bfloat16"
             )
 
 
+def _check_overlaps(tensors: list[Tensor]) -> None:
+    for index, t in enumerate(tensors):
+        if not t.is_contiguous() and any(n > 1 and not stride for n, stride in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"tensors[{index}] is expanded, {tuple(t.shape)} with strides {t.stride()}: its elements share memory; "
+                "give what it was expanded from, or a clone()"
+            )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _runs_op(device: str) -> bool:
     """Whether to call the op, or the reference itself where it was asked for; says so if the op is the reference."""
-    choice = os.environ.get("AVA_KERNELS_BACKEND", "")
-    if choice not in ("", "triton", "torch"):
-        raise ValueError(f"AVA_KERNELS_BACKEND is {choice!r}; it must be triton or torch, or not be set")
-    if choice != "torch":
+    by_torch = backend.asked_for() == "torch"
+    if not by_torch and device != "meta":  # of which torch describes the results, whatever is built
         _find_extension(device)
-    return choice != "torch"
+    return not by_torch
 
 
 @functools.cache

@@ -16,8 +16,8 @@ Mixture-of-Experts"); neither it, stk nor grouped_gemm need be installed.
 What differs:
 - Everything runs on the CPU too, in float64 too, for every size; sizes need not be multiples of 128.
 - Nothing here waits for the GPU: not `dMoE`, whose token counts stay on the device, and not `MoE` with
-  `moe_capacity_factor=0`, which runs without capacity instead of padding to the fullest expert. (`grouped_mm` does
-  wait, in float64 and where a row is no multiple of 16 bytes.)
+  `moe_capacity_factor=0`, which runs without capacity instead of padding to the fullest expert. (In
+  float64 both do: their products are then PyTorch's.)
 - The router's scores, weights and both losses are float32 also in half precision. Equal scores go to the lower expert.
 - With 0 tokens the losses are 0. Layers may see different numbers of tokens before their losses are read together.
 - A token whose router logits hold a NaN or +Inf asks for no expert: its weights are 0, and it is not in the counts.
