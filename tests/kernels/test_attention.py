@@ -567,6 +567,13 @@ def test_documents_that_are_not_there_are_refused(backend, ends, change, message
         rope_attention(q, q, q, cu_seqlens=torch.tensor(ends, dtype=torch.int32), **change)
 
 
+def test_kernels_that_cannot_run_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(RuntimeError, match="backend is 'triton', but a tensor is on cpu: move it to a GPU, or set"):
+        rope_attention(q, q, q, backend="triton")
+
+
 def test_cu_seqlens_of_another_dtype_are_refused():
     q = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match=r"cu_seqlens is torch.int64 of shape \(2,\); it must be int32"):

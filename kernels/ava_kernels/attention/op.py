@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_kernels.attention import reference, sdpa, tiles
-from ava_kernels.backend import runs_on_triton
+from ava_kernels.backend import check_triton, runs_on_triton
 from ava_kernels.rotary.op import check_cu_seqlens, check_position_ids, check_table, places
 
 MAX_HEAD_DIM = 256
@@ -170,6 +170,8 @@ def attention(
 def _choose(backend: str | None, q: Tensor, left: int, right: int, packed: bool, sdpa_has_it: bool) -> str:
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {backend!r}; it must be 'triton', 'hopper', 'sdpa' or 'torch', or None")
+    if backend == "triton":
+        check_triton(q, "backend is 'triton'")
     if backend is not None:
         return backend
     if not runs_on_triton(q):
