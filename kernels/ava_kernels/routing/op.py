@@ -319,6 +319,7 @@ def _route_backward(
     probs: Tensor,
     lse: Tensor,
     expert: Tensor,
+    weight: Tensor | None,
     dweight: Tensor | None,
     dprobs: Tensor | None,
     dlse: Tensor | None,
@@ -329,7 +330,7 @@ def _route_backward(
 ) -> Tensor:
     with torch.cuda.device_of(probs):
         return _implementation(probs).backward(
-            logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
+            logits, probs, lse, expert, weight, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
         )
 
 
@@ -340,9 +341,9 @@ def _(logits: Tensor | None, probs: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     logits, *_, sigmoid, normalize, _, _, scale = inputs
-    _, expert, probs, lse, *_ = output
+    weight, expert, probs, lse, *_ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits if sigmoid else None, probs, lse, expert)
+    ctx.save_for_backward(logits if sigmoid else None, probs, lse, expert, weight if normalize else None)
     ctx.sigmoid, ctx.normalize, ctx.scale, ctx.dtype = sigmoid, normalize, scale, logits.dtype
 
 
