@@ -748,11 +748,61 @@ def test_shapes_follow_from_shapes(backend):
         (torch.zeros(3, 4), {"overflow": "wrap"}, "overflow is 'wrap'; it must be 'next_best' or 'drop'"),
         (torch.zeros(3, 4), {"priority": "age"}, "priority is 'age'; it must be 'choice' or 'probability'"),
         (torch.zeros(3, 4), {"score": "relu"}, "score is 'relu'; it must be 'softmax' or 'sigmoid'"),
+        (
+            torch.zeros(3, 4),
+            {"overflow": "drop", "max_reroutes": 3},
+            "max_reroutes is 3, but overflow is 'drop', which reroutes nothing: it must be None or 0, or overflow",
+        ),
+        (torch.zeros(3, 4), {"top_k": 1.0}, "top_k is 1.0; it must be an integer$"),
+        (torch.zeros(3, 4), {"top_k": True}, "top_k is True; it must be an integer"),
+        (torch.zeros(3, 4), {"top_k": "1"}, "top_k is '1'; it must be an integer"),
+        (
+            torch.zeros(3, 4),
+            {"capacity": 1.25},
+            "capacity is 1.25; it must be an integer or None; round a capacity factor times the even load",
+        ),
+        (torch.zeros(3, 4), {"max_reroutes": 1.5}, "max_reroutes is 1.5; it must be an integer or None"),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2.0, "group_top_k": 1},
+            "num_groups is 2.0; it must be an integer or None",
+        ),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2, "group_top_k": 1.0},
+            "group_top_k is 1.0; it must be an integer or None",
+        ),
+        (torch.zeros(3, 4), {"scale": math.nan}, "scale is nan; it must be finite"),
+        (torch.zeros(3, 4), {"scale": -math.inf}, "scale is -inf; it must be finite"),
     ],
 )
 def test_refuses_naming_the_argument(logits, options, message):
     with pytest.raises(ValueError, match=message):
         route(logits, **({"top_k": 1} | options))
+
+
+def test_no_reroutes_go_with_dropping_and_numpys_integers_are_integers():
+    logits = torch.zeros(3, 4)
+    dropping = route(logits, np.int64(1), capacity=np.int32(1), overflow="drop", max_reroutes=0)
+    assert torch.equal(dropping.expert, route(logits, 1, capacity=1, max_reroutes=0).expert)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: load_balancing_loss(torch.zeros(3, 4)), "routing is a Tensor; it must be a Routing"),
+        (lambda: router_z_loss(torch.zeros(4)), r"logits are torch.float32 of shape \(4,\); they must be floats"),
+        (lambda: router_z_loss(torch.zeros(2, 3, 4)), r"logits are torch.float32 of shape \(2, 3, 4\); they must be"),
+        (lambda: router_z_loss(torch.zeros(3, 4).int()), r"logits are torch.int32 of shape \(3, 4\); they must be"),
+        (
+            lambda: update_expert_bias(torch.zeros(4, dtype=torch.int64), torch.ones(4), 0.1),
+            r"bias is torch.int64 of shape \(4,\); it must be floats \(E,\)",
+        ),
+    ],
+)
+def test_losses_and_bias_refuse_naming_the_argument(refused, message):
+    with pytest.raises(ValueError, match=message):
+        refused()
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):
