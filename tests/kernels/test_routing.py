@@ -444,9 +444,10 @@ def test_losses_are_the_formulas(score):
     holds()
 
 
-def test_balanced_routing_costs_one(backend):
+def test_balanced_routing_costs_one_or_a_tokens_sigmoids(backend):
     logits = torch.eye(4).repeat(3, 1) * 1e-4
     assert load_balancing_loss(route(logits, 1)).item() == pytest.approx(1.0, abs=1e-6)
+    assert load_balancing_loss(route(logits, 1, score="sigmoid")).item() == pytest.approx(4 / 2, abs=1e-4)
 
 
 def test_tokens_that_request_nothing_cost_nothing(backend):

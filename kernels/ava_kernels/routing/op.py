@@ -81,8 +81,10 @@ def route(
     A token with a NaN or +Inf logit, or with nothing but −Inf, requests nothing: its K requests count as dropped, its
     probabilities and its gradient are 0. A NaN in the bias counts as −Inf; infinite ones count as the largest numbers.
 
-    Never waits for the device, and the same input gives the same bits. Without bias and groups the choice is the same
-    on every device too; with them it depends on the scores' rounding. Raises ValueError, naming the argument.
+    The same input gives the same bits. Without bias and groups the choice is the same on every device too; with them it
+    depends on the scores' rounding. The kernels never make the host wait for the device. `reference.py` does: on a GPU
+    it runs for float64 logits, without Triton, and with `AVA_KERNELS_BACKEND=torch`. Raises ValueError, naming the
+    argument.
     """
     _check(logits, top_k, capacity, max_reroutes, expert_bias, num_groups, group_top_k)
     if not -math.inf < scale < math.inf:  # isfinite does not compile where scale is symbolic
@@ -164,10 +166,11 @@ def routing_from(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
-    """E · Σ_e f_e · P_e, 1 when balanced (Switch Transformer, Fedus et al., 2021). 0-d.
+    """E · Σ_e f_e · P_e (Switch Transformer, Fedus et al., 2021). 0-d.
 
-    f_e is the share of the T·K requests that name expert e before capacity, P_e its mean probability; the gradient
-    flows through P. Raises ValueError for what is no Routing.
+    f_e is the share of the T·K requests that name expert e before capacity, P_e its mean score; the gradient flows
+    through P. With softmax scores 1 when balanced. Sigmoid scores are taken as they are: a token's do not add up to 1,
+    so a balanced load costs the mean sum of a token's scores. Raises ValueError for what is no Routing.
     """
     if not isinstance(routing, Routing):
         raise ValueError(f"routing is a {type(routing).__name__}; it must be a Routing, such as route returns")
