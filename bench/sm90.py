@@ -74,10 +74,8 @@ def route(T: int, E: int, K: int, **options: Any) -> Callable[[], None]:
         logits = torch.empty(T, E, device="meta")
         found = routing.forward(logits, top_k=K, **{**defaults, **options})
         dweight, dlse, dmean_prob = (torch.empty_like(t) for t in (found.weight, found.lse, found.mean_prob))
-        sigmoid = options.get("sigmoid", False)
-        routing.backward(
-            logits, found.probs, found.lse, found.expert, dweight, None, dlse, dmean_prob, sigmoid, True, 1.0
-        )
+        sigmoid, kept = options.get("sigmoid", False), (found.probs, found.lse, found.expert, found.weight)
+        routing.backward(logits, *kept, dweight, None, dlse, dmean_prob, sigmoid, True, 1.0)
 
     return run
 

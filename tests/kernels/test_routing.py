@@ -87,11 +87,12 @@ def problems(draw):
         "capacity": draw(st.sampled_from([None, 0, 1, 1, 2, 2, 3, 4, 6, 2**40])),
         "overflow": draw(st.sampled_from(["next_best"] * 4 + ["drop"])),
         "priority": draw(st.sampled_from(["choice", "probability"])),
-        "max_reroutes": draw(st.sampled_from([None, None, 0, 1, 1, 2, 3, 2**40])),
         "score": draw(st.sampled_from(["softmax", "sigmoid"])),
         "normalize": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }
+    if options["overflow"] == "next_best":
+        options["max_reroutes"] = draw(st.sampled_from([None, None, 0, 1, 1, 2, 3, 2**40]))
     if draw(st.booleans()):
         bias = st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.1, math.nan, -math.inf, math.inf])
         bias_dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
@@ -125,8 +126,16 @@ def check_decision(routing, problem):
     assert routing.offsets.shape == (E + 1,)
 
 
+def shares(logits, expert, score):
+    """The weights of these experts, −1 being none, whose scores add up to 1; differentiable, for float64 logits."""
+    held = torch.where(expert >= 0, logits, -math.inf).clamp(min=-1e4)  # e^−10000 is 0 beside anything that is not
+    log_score = held if score == "softmax" else torch.nn.functional.logsigmoid(held)
+    return torch.where((held > -1e4).any(-1, keepdim=True), log_score.softmax(-1), 0.0)
+
+
 def check_numbers(routing, problem):
-    """Probabilities and lse of the logits, and weights and mean of those probabilities, in float64."""
+    """Probabilities, lse and normalised weights of the logits, other weights and mean of the probabilities, in
+    float64."""
     logits, options = problem.logits, problem.options
     T = len(logits)
     numbers = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -134,16 +143,15 @@ def check_numbers(routing, problem):
     alive_T1 = torch.tensor([asks(row) for row in logits.tolist()], dtype=torch.bool).reshape(T, 1)
     sane = torch.where(alive_T1, logits.double(), 0.0)
     probs = alive_T1 * (sane.softmax(-1) if options.get("score", "softmax") == "softmax" else sane.sigmoid())
-    own = routing.probs.double()
-    held = own.gather(1, routing.expert.clamp(min=0).long()) * (routing.expert >= 0)
-    weight = held * options.get("scale", 1.0)
+    own, held = routing.probs.double(), routing.expert.clamp(min=0).long()
     if options.get("normalize", True):
-        total = held.sum(-1, keepdim=True)
-        weight = weight / torch.where(total == 0, 1.0, total)
+        weight = shares(sane.gather(1, held), routing.expert, options.get("score", "softmax"))
+    else:
+        weight = own.gather(1, held) * (routing.expert >= 0)
     expected = {
         "probs": probs,
         "lse": alive_T1[:, 0] * sane.logsumexp(-1),
-        "weight": weight,
+        "weight": weight * options.get("scale", 1.0),
         "mean_prob": own.sum(0) / max(T, 1),
     }
     precision = 1e-13 if numbers == torch.float64 else 2e-6
@@ -436,9 +444,10 @@ def test_losses_are_the_formulas(score):
     holds()
 
 
-def test_balanced_routing_costs_one(backend):
+def test_balanced_routing_costs_one_or_a_tokens_sigmoids(backend):
     logits = torch.eye(4).repeat(3, 1) * 1e-4
     assert load_balancing_loss(route(logits, 1)).item() == pytest.approx(1.0, abs=1e-6)
+    assert load_balancing_loss(route(logits, 1, score="sigmoid")).item() == pytest.approx(4 / 2, abs=1e-4)
 
 
 def test_tokens_that_request_nothing_cost_nothing(backend):
@@ -474,11 +483,11 @@ def formula(logits, routing, score, normalize, scale):
     alive_T1 = torch.tensor([asks(row) for row in logits.tolist()]).reshape(-1, 1)
     sane = torch.where(alive_T1, logits, 0.0)
     probs = torch.where(alive_T1, sane.softmax(-1) if score == "softmax" else sane.sigmoid(), 0.0)
-    kept = routing.expert >= 0
-    weight = torch.where(kept, probs.gather(1, routing.expert.clamp(min=0).long()), 0.0)
+    held = routing.expert.clamp(min=0).long()
     if normalize:
-        total = weight.sum(-1, keepdim=True)
-        weight = weight / torch.where(kept.any(-1, keepdim=True), total, 1.0)
+        weight = shares(sane.gather(1, held), routing.expert, score)
+    else:
+        weight = torch.where(routing.expert >= 0, probs.gather(1, held), 0.0)
     lse = torch.where(alive_T1[:, 0], sane.logsumexp(-1), 0.0)
     return dataclasses.replace(routing, weight=weight * scale, probs=probs, lse=lse, mean_prob=probs.mean(0))
 
@@ -561,12 +570,40 @@ def test_gradcheck(score, normalize, options):
     torch.autograd.gradcheck(differentiable, logits)
 
 
-def test_sigmoid_scores_that_are_all_zero_give_no_nan(backend):
-    logits = torch.full((2, 3), -200.0, requires_grad=True)
-    routing = route(logits, 2, score="sigmoid")
-    routing.weight.sum().backward()
-    assert not routing.weight.any()
-    assert not logits.grad.any()
+@pytest.mark.parametrize("scale", [2.5, 0.0])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_normalised_weights_of_scores_that_have_run_out_of_digits(backend, score, scale):
+    """Alone they are 0 or have few digits left, and so have their gradients; beside each other they are numbers."""
+    inf = math.inf
+    rows = [
+        [200.0, 199, 0, -1, -2, -3, -9],
+        [201.0, 200, 0, -1, -2, -3, -9],
+        [202.0, 201, 0, -1, -2, -3, -9],  # rejected twice, as the last two are
+        [-130.0, -130, -inf, -130, -119, -118, -130],
+        [-1001.0, -1002, -1003, -inf, -1000, -999, -1002],
+        [5.0, -inf, -inf, -inf, -inf, -inf, -inf],
+        [9.0, 8, -40, -41, -42, -43, -150],
+    ]
+    experts = [[0, 1], [0, 1], [2, 3], [5, 4], [5, 4], [2, 3], [6, -1]]
+    logits = torch.tensor(rows).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    routing = route(logits, 2, score=score, capacity=2, scale=scale)
+    assert routing.expert.tolist() == experts
+    weight = scale * shares(exact.gather(1, routing.expert.clamp(min=0).long()), routing.expert, score)
+    upstream = torch.randn(weight.shape)
+    (routing.weight * upstream).sum().backward()
+    (weight * upstream).sum().backward()
+    torch.testing.assert_close(routing.weight.detach().double(), weight.detach(), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_comes_back_through_a_dropped_request(backend):
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0]]).requires_grad_()
+    routing = route(logits, 2, capacity=1)
+    assert routing.expert.tolist() == [[0, 1], [-1, -1]]
+    (dlogits,) = torch.autograd.grad(routing.weight, logits, torch.tensor([[1.0, 0.0], [math.nan, math.inf]]))
+    assert dlogits[0].abs().min() > 0.1
+    assert not dlogits[1].any()
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -602,23 +639,29 @@ def test_opcheck_route(backend, case):
 
 @backends(torch=[0, 1, 7], triton=[0, 3])
 @pytest.mark.parametrize(
-    ("sigmoid", "given_grads"),
-    [(True, (True, True, True, True)), (False, (True, False, False, False)), (False, (False, True, True, False))],
+    ("sigmoid", "normalize", "given_grads"),
+    [
+        (True, True, (True, True, True, True)),
+        (False, True, (True, False, False, False)),
+        (False, False, (True, True, True, False)),
+        (False, True, (False, True, True, False)),
+    ],
 )
-def test_opcheck_route_backward(backend, case, sigmoid, given_grads):
+def test_opcheck_route_backward(backend, case, sigmoid, normalize, given_grads):
     logits = torch.randn(case, 4)
-    routing = route(logits, 2, score="sigmoid" if sigmoid else "softmax")
+    routing = route(logits, 2, score="sigmoid" if sigmoid else "softmax", normalize=normalize)
     routing = dataclasses.replace(routing, expert=routing.expert.masked_fill(routing.expert == 0, -1))
     outputs = [getattr(routing, name) for name in FLOATS]
     grads = [torch.randn_like(out) if wanted else None for out, wanted in zip(outputs, given_grads, strict=True)]
-    arguments = (logits if sigmoid else None, routing.probs, routing.lse, routing.expert, *grads, sigmoid, True, 1.5)
+    kept = (logits if sigmoid else None, routing.probs, routing.lse, routing.expert)
+    arguments = (*kept, routing.weight if normalize else None, *grads, sigmoid, normalize, 1.5)
     torch.library.opcheck(torch.ops.ava_kernels.route_backward.default, arguments)
 
 
 @backends(torch=["softmax", "sigmoid"], triton=["softmax"])
 def test_compiles_whole_and_equal(backend, case):
     def step(logits, bias):
-        routing = route(logits, 2, capacity=4, score=case, expert_bias=bias)
+        routing = route(logits, 2, capacity=(len(logits) + 1) // 3, score=case, expert_bias=bias)
         loss = routing.weight.square().sum() + load_balancing_loss(routing) + 0.1 * router_z_loss(routing)
         return loss + 0.1 * router_z_loss(logits), *fields(routing).values()
 
@@ -706,11 +749,61 @@ def test_shapes_follow_from_shapes(backend):
         (torch.zeros(3, 4), {"overflow": "wrap"}, "overflow is 'wrap'; it must be 'next_best' or 'drop'"),
         (torch.zeros(3, 4), {"priority": "age"}, "priority is 'age'; it must be 'choice' or 'probability'"),
         (torch.zeros(3, 4), {"score": "relu"}, "score is 'relu'; it must be 'softmax' or 'sigmoid'"),
+        (
+            torch.zeros(3, 4),
+            {"overflow": "drop", "max_reroutes": 3},
+            "max_reroutes is 3, but overflow is 'drop', which reroutes nothing: it must be None or 0, or overflow",
+        ),
+        (torch.zeros(3, 4), {"top_k": 1.0}, "top_k is 1.0; it must be an integer$"),
+        (torch.zeros(3, 4), {"top_k": True}, "top_k is True; it must be an integer"),
+        (torch.zeros(3, 4), {"top_k": "1"}, "top_k is '1'; it must be an integer"),
+        (
+            torch.zeros(3, 4),
+            {"capacity": 1.25},
+            "capacity is 1.25; it must be an integer or None; round a capacity factor times the even load",
+        ),
+        (torch.zeros(3, 4), {"max_reroutes": 1.5}, "max_reroutes is 1.5; it must be an integer or None"),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2.0, "group_top_k": 1},
+            "num_groups is 2.0; it must be an integer or None",
+        ),
+        (
+            torch.zeros(3, 4),
+            {"num_groups": 2, "group_top_k": 1.0},
+            "group_top_k is 1.0; it must be an integer or None",
+        ),
+        (torch.zeros(3, 4), {"scale": math.nan}, "scale is nan; it must be finite"),
+        (torch.zeros(3, 4), {"scale": -math.inf}, "scale is -inf; it must be finite"),
     ],
 )
 def test_refuses_naming_the_argument(logits, options, message):
     with pytest.raises(ValueError, match=message):
         route(logits, **({"top_k": 1} | options))
+
+
+def test_no_reroutes_go_with_dropping_and_numpys_integers_are_integers():
+    logits = torch.zeros(3, 4)
+    dropping = route(logits, np.int64(1), capacity=np.int32(1), overflow="drop", max_reroutes=0)
+    assert torch.equal(dropping.expert, route(logits, 1, capacity=1, max_reroutes=0).expert)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: load_balancing_loss(torch.zeros(3, 4)), "routing is a Tensor; it must be a Routing"),
+        (lambda: router_z_loss(torch.zeros(4)), r"logits are torch.float32 of shape \(4,\); they must be floats"),
+        (lambda: router_z_loss(torch.zeros(2, 3, 4)), r"logits are torch.float32 of shape \(2, 3, 4\); they must be"),
+        (lambda: router_z_loss(torch.zeros(3, 4).int()), r"logits are torch.int32 of shape \(3, 4\); they must be"),
+        (
+            lambda: update_expert_bias(torch.zeros(4, dtype=torch.int64), torch.ones(4), 0.1),
+            r"bias is torch.int64 of shape \(4,\); it must be floats \(E,\)",
+        ),
+    ],
+)
+def test_losses_and_bias_refuse_naming_the_argument(refused, message):
+    with pytest.raises(ValueError, match=message):
+        refused()
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):

@@ -144,6 +144,8 @@ def forward(
         count, held, mass, requested, total, mean_prob, T, E, blocks, SHARED=capacity is None, C=COLUMNS, ROWS=ROWS
     )
     _place[(blocks,)](
+        logits,
+        *logits.stride(),
         expert,
         probs,
         held,
@@ -157,6 +159,7 @@ def forward(
         E,
         top_k,
         scale,
+        SIGMOID=sigmoid,
         NORMALIZE=normalize,
         BINS=triton.next_power_of_2(E),
         K=K,
@@ -171,6 +174,7 @@ def backward(
     probs: Tensor,
     lse: Tensor,
     expert: Tensor,
+    weight: Tensor | None,
     dweight: Tensor | None,
     dprobs: Tensor | None,
     dlse: Tensor | None,
@@ -193,6 +197,7 @@ def backward(
         probs,
         lse,
         expert,
+        weight,
         None if dweight is None else dweight.contiguous(),
         dprobs,
         *(dprobs.stride() if dprobs is not None else (0, 0)),
@@ -359,6 +364,9 @@ def _sum_columns(
 
 @triton.jit
 def _place(
+    logits_ptr,
+    stride_t,
+    stride_e,
     expert_ptr,
     probs_ptr,
     held_ptr,  # (blocks, E): the pairs that each expert holds of earlier blocks
@@ -372,6 +380,7 @@ def _place(
     E,
     top_k,
     scale,
+    SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BINS: tl.constexpr,
     K: tl.constexpr,
@@ -399,10 +408,16 @@ def _place(
     here_BK = (token_B[:, None] < T) & (slot_K[None, :] < top_k)
     at_BK = token_B[:, None] * top_k + slot_K[None, :]
     expert_BK = tl.load(expert_ptr + at_BK, mask=here_BK, other=-1)
-    weight_BK = tl.load(probs_ptr + token_B[:, None] * E + expert_BK, mask=expert_BK >= 0, other=0.0)
     if NORMALIZE:
-        weight_BK = weight_BK * _inverse(tl.sum(weight_BK, axis=1))[:, None]
-    tl.store(weight_ptr + at_BK, weight_BK * scale, mask=here_BK)
+        logits_BK = tl.load(
+            logits_ptr + token_B[:, None] * stride_t + expert_BK.to(tl.int64) * stride_e,
+            mask=expert_BK >= 0,
+            other=-float("inf"),
+        ).to(tl.float32)
+        share_BK = _shares(logits_BK, SIGMOID)
+    else:
+        share_BK = tl.load(probs_ptr + token_B[:, None] * E + expert_BK, mask=expert_BK >= 0, other=0.0)
+    tl.store(weight_ptr + at_BK, share_BK * scale, mask=here_BK)
 
 
 @triton.jit
@@ -429,10 +444,15 @@ def _order_keys(bin_ptr, count_ptr, total_ptr, order_ptr, N, bins, BINS: tl.cons
 
 
 @triton.jit
-def _inverse(sum_R):
-    """1 / sum, or 0 where the sum has run out of digits."""
-    TINY: tl.constexpr = 1.1754943508222875e-38
-    return tl.where(sum_R >= TINY, 1.0 / tl.maximum(sum_R, TINY), 0.0)
+def _shares(logits_RK, SIGMOID: tl.constexpr):
+    """`reference._shares` in float32."""
+    top_R = tl.maximum(tl.max(logits_RK, axis=1), -ranking.LARGEST)
+    if SIGMOID:
+        small_RK = tl.exp(tl.minimum(logits_RK, 0.0) - tl.minimum(top_R, 0.0)[:, None])
+        score_RK = small_RK / (1.0 + tl.exp(-tl.abs(logits_RK)))
+    else:
+        score_RK = tl.exp(logits_RK - top_R[:, None])
+    return score_RK / tl.maximum(tl.sum(score_RK, axis=1), 0.5)[:, None]
 
 
 @triton.jit
@@ -443,6 +463,7 @@ def _gradient(
     probs_ptr,
     lse_ptr,
     expert_ptr,
+    weight_ptr,
     dweight_ptr,
     dprobs_ptr,
     dprobs_stride_t,
@@ -473,24 +494,11 @@ def _gradient(
         d_RE += tl.load(dprobs_ptr + strided_RE, mask=here_RE, other=0.0)
     if dmean_prob_ptr is not None:
         d_RE += (tl.load(dmean_prob_ptr + column_E, mask=column_E < E, other=0.0) / T)[None, :]
-    if dweight_ptr is not None:
-        along_R = tl.zeros([R], tl.float32)
-        inverse_R = along_R + 1.0
-        if NORMALIZE:
-            slot_K = tl.arange(0, K)
-            at_RK = token_R[:, None] * top_k + slot_K[None, :]
-            here_RK = here_R[:, None] & (slot_K[None, :] < top_k)
-            expert_RK = tl.load(expert_ptr + at_RK, mask=here_RK, other=-1)
-            kept_RK = expert_RK >= 0
-            score_RK = tl.load(probs_ptr + token_R[:, None] * E + expert_RK, mask=kept_RK, other=0.0)
-            dweight_RK = tl.load(dweight_ptr + at_RK, mask=kept_RK, other=0.0) * scale
-            inverse_R = _inverse(tl.sum(score_RK, axis=1))
-            along_R = tl.sum(dweight_RK * score_RK, axis=1) * inverse_R
+    if dweight_ptr is not None and not NORMALIZE:
         for slot in range(top_k):
             expert_R = tl.load(expert_ptr + token_R * top_k + slot, mask=here_R, other=-1)
             dweight_R = tl.load(dweight_ptr + token_R * top_k + slot, mask=expert_R >= 0, other=0.0) * scale
-            dscore_R = (dweight_R - along_R) * inverse_R
-            d_RE += tl.where(column_E[None, :] == expert_R[:, None], dscore_R[:, None], 0.0)
+            d_RE += tl.where(column_E[None, :] == expert_R[:, None], dweight_R[:, None], 0.0)
     if SIGMOID:
         dlogits_RE = d_RE * probs_RE * (1.0 - probs_RE)
         if dlse_ptr is not None:
@@ -508,4 +516,21 @@ def _gradient(
         if dlse_ptr is not None:
             inner_R -= tl.load(dlse_ptr + token_R, mask=here_R, other=0.0)
         dlogits_RE = probs_RE * (d_RE - inner_R[:, None])
+    if dweight_ptr is not None and NORMALIZE:
+        slot_K = tl.arange(0, K)
+        at_RK = token_R[:, None] * top_k + slot_K[None, :]
+        here_RK = here_R[:, None] & (slot_K[None, :] < top_k)
+        kept_RK = tl.load(expert_ptr + at_RK, mask=here_RK, other=-1) >= 0
+        weight_RK = tl.load(weight_ptr + at_RK, mask=kept_RK, other=0.0)
+        dweight_RK = tl.load(dweight_ptr + at_RK, mask=kept_RK, other=0.0)
+        total_R = tl.sum(weight_RK, axis=1)
+        mean_R = tl.sum(dweight_RK * weight_RK, axis=1) / tl.where(total_R == 0.0, 1.0, total_R)
+        for slot in range(top_k):
+            at_R = token_R * top_k + slot
+            expert_R = tl.load(expert_ptr + at_R, mask=here_R, other=-1)
+            kept_R = expert_R >= 0
+            weight_R = tl.load(weight_ptr + at_R, mask=kept_R, other=0.0)
+            dlogits_R = weight_R * (tl.load(dweight_ptr + at_R, mask=kept_R, other=0.0) - mean_R)
+            add_RE = dlogits_R[:, None] * (1.0 - probs_RE) if SIGMOID else dlogits_R[:, None]
+            dlogits_RE += tl.where(column_E[None, :] == expert_R[:, None], add_RE, 0.0)
     tl.store(dlogits_ptr + at_RE, dlogits_RE, mask=here_RE)

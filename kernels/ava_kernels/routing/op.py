@@ -6,6 +6,7 @@ launch the kernels of `kernels.py`, elsewhere they run `reference.py`, which is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -71,19 +72,23 @@ def route(
 
     logits (T, E), any float dtype and strides, E ≤ 1024, top_k ≤ 32. `capacity` is the most requests that an expert
     accepts; without it nothing is rejected. `overflow="drop"` drops what is rejected, "next_best" lets it ask on for
-    at most `max_reroutes` rounds (default: until its candidates run out). Requests are served in order of (slot,
-    token), or with `priority="probability"` by falling score. `expert_bias` (E,), float, is added to the scores for
-    the choice alone, not for the weights. With `num_groups` equal groups of experts, a token only asks those of its
-    `group_top_k` best. `normalize` makes the weights of a token's experts add up to `scale`; otherwise they are
-    `scale` times the scores. `reference.py` says all this exactly.
+    at most `max_reroutes` rounds (default: until its candidates run out); "drop" takes no `max_reroutes`. Requests are
+    served in order of (slot, token), or with `priority="probability"` by falling score. `expert_bias` (E,), float, is
+    added to the scores for the choice alone, not for the weights. With `num_groups` equal groups of experts, a token
+    only asks those of its `group_top_k` best. `normalize` makes the weights of a token's experts add up to `scale`;
+    otherwise they are `scale` times the scores. `reference.py` says all this exactly.
 
     A token with a NaN or +Inf logit, or with nothing but −Inf, requests nothing: its K requests count as dropped, its
     probabilities and its gradient are 0. A NaN in the bias counts as −Inf; infinite ones count as the largest numbers.
 
-    Never waits for the device, and the same input gives the same bits. Without bias and groups the choice is the same
-    on every device too; with them it depends on the scores' rounding. Raises ValueError, naming the argument.
+    The same input gives the same bits. Without bias and groups the choice is the same on every device too; with them it
+    depends on the scores' rounding. The kernels never make the host wait for the device. `reference.py` does: on a GPU
+    it runs for float64 logits, without Triton, and with `AVA_KERNELS_BACKEND=torch`. Raises ValueError, naming the
+    argument.
     """
     _check(logits, top_k, capacity, max_reroutes, expert_bias, num_groups, group_top_k)
+    if not -math.inf < scale < math.inf:  # isfinite does not compile where scale is symbolic
+        raise ValueError(f"scale is {scale}; it must be finite")
     for name, given, allowed in (
         ("overflow", overflow, ("next_best", "drop")),
         ("priority", priority, ("choice", "probability")),
@@ -91,6 +96,11 @@ def route(
     ):
         if given not in allowed:
             raise ValueError(f"{name} is {given!r}; it must be {allowed[0]!r} or {allowed[1]!r}")
+    if overflow == "drop" and max_reroutes:
+        raise ValueError(
+            f"max_reroutes is {max_reroutes}, but overflow is 'drop', which reroutes nothing: it must be None or 0, or "
+            "overflow 'next_best'"
+        )
     E = logits.shape[1]
     rounds = 0 if overflow == "drop" else min(E, E if max_reroutes is None else max_reroutes)
     outputs = torch.ops.ava_kernels.route(
@@ -156,11 +166,14 @@ def routing_from(expert: Tensor, weight: Tensor, num_experts: int) -> Routing:
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
-    """E · Σ_e f_e · P_e, 1 when balanced (Switch Transformer, Fedus et al., 2021). 0-d.
+    """E · Σ_e f_e · P_e (Switch Transformer, Fedus et al., 2021). 0-d.
 
-    f_e is the share of the T·K requests that name expert e before capacity, P_e its mean probability; the gradient
-    flows through P.
+    f_e is the share of the T·K requests that name expert e before capacity, P_e its mean score; the gradient flows
+    through P. With softmax scores 1 when balanced. Sigmoid scores are taken as they are: a token's do not add up to 1,
+    so a balanced load costs the mean sum of a token's scores. Raises ValueError for what is no Routing.
     """
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing is a {type(routing).__name__}; it must be a Routing, such as route returns")
     E = len(routing.mean_prob)
     share_E = routing.requested.to(routing.mean_prob.dtype) / max(routing.expert.numel(), 1)
     return E * (share_E * routing.mean_prob).sum()
@@ -170,11 +183,12 @@ def router_z_loss(logits: Tensor | Routing) -> Tensor:
     """Mean squared log-sum-exp of the router's logits: keeps them small (ST-MoE, Zoph et al., 2022). 0-d.
 
     Takes the logits (T, E), or what `route` made of them: then the gradient is part of route's own backward pass, and
-    tokens that requested nothing count as 0.
+    tokens that requested nothing count as 0. Raises ValueError for other shapes and for integers.
     """
     if isinstance(logits, Routing):
         lse_T = logits.lse
     else:
+        _check_logits(logits)
         lse_T = logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
     return lse_T.square().sum() / max(len(lse_T), 1)
 
@@ -185,8 +199,10 @@ def update_expert_bias(bias: Tensor, routing: Routing | Tensor, rate: float) -> 
 
     bias (E,) float: raised where an expert was requested less often than the mean, lowered where more often (Wang et
     al., 2024, "Auxiliary-loss-free load balancing"). `routing` may be the counts (E,) themselves, such as
-    `routing.requested` summed over micro-batches and ranks. Raises ValueError if the sizes differ.
+    `routing.requested` summed over micro-batches and ranks. Raises ValueError if the sizes differ, or for integers.
     """
+    if not bias.is_floating_point():
+        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be floats (E,)")
     requested_E = (routing.requested if isinstance(routing, Routing) else routing).to(torch.int64)
     if bias.shape != requested_E.shape:
         raise ValueError(f"bias has the shape {tuple(bias.shape)}; the routing has {len(requested_E)} experts")
@@ -203,8 +219,12 @@ def _check(
     num_groups: int | None,
     group_top_k: int | None,
 ) -> None:
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits are {logits.dtype} of shape {tuple(logits.shape)}; they must be floats (T, E)")
+    _check_logits(logits)
+    _check_integer("top_k", top_k)
+    _check_integer("capacity", capacity, " or None; round a capacity factor times the even load T·top_k / E up to one")
+    _check_integer("max_reroutes", max_reroutes, " or None")
+    _check_integer("num_groups", num_groups, " or None")
+    _check_integer("group_top_k", group_top_k, " or None")
     T, E = logits.shape
     if not 1 <= E <= MAX_EXPERTS:
         raise ValueError(f"logits has {E} columns; the number of experts must lie between 1 and {MAX_EXPERTS}")
@@ -235,6 +255,17 @@ def _check(
             f"top_k is {top_k}, but {group_top_k} of {num_groups} groups hold only "
             f"{group_top_k * (E // num_groups)} experts: raise group_top_k or lower top_k"
         )
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits are {logits.dtype} of shape {tuple(logits.shape)}; they must be floats (T, E)")
+
+
+def _check_integer(name: str, given: int | None, otherwise: str = "") -> None:
+    """Refuses what is certainly none, and so lets through the integers that torch.compile and NumPy have."""
+    if isinstance(given, (float, bool, str)):
+        raise ValueError(f"{name} is {given!r}; it must be an integer{otherwise}")
 
 
 def _implementation(tensor: Tensor) -> ModuleType:
@@ -319,6 +350,7 @@ def _route_backward(
     probs: Tensor,
     lse: Tensor,
     expert: Tensor,
+    weight: Tensor | None,
     dweight: Tensor | None,
     dprobs: Tensor | None,
     dlse: Tensor | None,
@@ -329,7 +361,7 @@ def _route_backward(
 ) -> Tensor:
     with torch.cuda.device_of(probs):
         return _implementation(probs).backward(
-            logits, probs, lse, expert, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
+            logits, probs, lse, expert, weight, dweight, dprobs, dlse, dmean_prob, sigmoid, normalize, scale
         )
 
 
@@ -340,9 +372,9 @@ def _(logits: Tensor | None, probs: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     logits, *_, sigmoid, normalize, _, _, scale = inputs
-    _, expert, probs, lse, *_ = output
+    weight, expert, probs, lse, *_ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits if sigmoid else None, probs, lse, expert)
+    ctx.save_for_backward(logits if sigmoid else None, probs, lse, expert, weight if normalize else None)
     ctx.sigmoid, ctx.normalize, ctx.scale, ctx.dtype = sigmoid, normalize, scale, logits.dtype
 
 

@@ -9,6 +9,8 @@ Rounds: a token's K best are its requests, slot 0 the best. A round serves what 
 of falling score, and an expert accepts while it holds fewer than `capacity`. A token's rejected requests move, lower
 slot first, to the candidates it ranks next, and are served in the next round. What is left at the end is dropped.
 Token-level ranking with hard capacity is that of GShard (Lepikhin et al., 2020), which dropped the overflow.
+Weights: the scores of the experts finally held. Normalised, they are taken from the logits of these experts alone, so
+that scores too small for their dtype still have their shares.
 """
 
 from __future__ import annotations
@@ -81,10 +83,10 @@ def forward(
 
     kept_TK = expert_TK >= 0
     held_TK = expert_TK.clamp_min(0).long()
-    score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
-    weight_TK = score_TK * scale
     if normalize:
-        weight_TK = weight_TK * _inverse_sum(score_TK)
+        share_TK = _shares(torch.where(kept_TK, logits_TE.gather(1, held_TK), -torch.inf), sigmoid)
+    else:
+        share_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
 
     by_expert_N = torch.where(kept_TK, expert_TK, E).flatten().sort(stable=True).indices.int()
     token_N = by_expert_N // top_k
@@ -92,7 +94,7 @@ def forward(
     offsets[1:] = torch.bincount(expert_TK[kept_TK], minlength=E).cumsum(0)
     return Outputs(
         expert=expert_TK,
-        weight=weight_TK,
+        weight=share_TK * scale,
         probs=probs_TE,
         lse=lse_T,
         mean_prob=probs_TE.sum(0) / max(T, 1),
@@ -110,6 +112,7 @@ def backward(
     probs_TE: Tensor,
     lse_T: Tensor,
     expert_TK: Tensor,
+    weight_TK: Tensor | None,
     dweight_TK: Tensor | None,
     dprobs_TE: Tensor | None,
     dlse_T: Tensor | None,
@@ -118,8 +121,10 @@ def backward(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits, in probs' dtype. `logits` are needed for sigmoid scores with dlse."""
-    # dense: what reaches all scores; sparse: what reaches those of the experts that hold the token, times the score.
+    """The gradient of the logits, in probs' dtype. `logits` are needed for sigmoid scores with dlse, `weight` with
+    `normalize`."""
+    # dense: what reaches all scores; sparse: what reaches those of the experts that hold the token, times the score, or
+    # with `normalize` what reaches the logits of these experts.
     dense_TE = dprobs_TE
     if dmean_prob_E is not None:
         row_E = dmean_prob_E / max(len(probs_TE), 1)
@@ -128,11 +133,12 @@ def backward(
     if dweight_TK is not None:
         kept_TK, held_TK = expert_TK >= 0, expert_TK.clamp_min(0).long()
         score_TK = torch.where(kept_TK, probs_TE.gather(1, held_TK), 0.0)
-        dscore_TK = torch.where(kept_TK, dweight_TK * scale, 0.0)
         if normalize:
-            inverse_T1 = _inverse_sum(score_TK)
-            dscore_TK = (dscore_TK - (dscore_TK * score_TK).sum(-1, keepdim=True) * inverse_T1) * inverse_T1
-        sparse_TK = dscore_TK * score_TK
+            assert weight_TK is not None
+            dweight_TK = torch.where(kept_TK, dweight_TK, 0.0)
+            sparse_TK = weight_TK * (dweight_TK - _mean(dweight_TK, weight_TK))
+        else:
+            sparse_TK = torch.where(kept_TK, dweight_TK * scale, 0.0) * score_TK
 
     if sigmoid:
         dlogits_TE = torch.zeros_like(probs_TE) if dense_TE is None else dense_TE * probs_TE * (1.0 - probs_TE)
@@ -148,7 +154,7 @@ def backward(
     inner_T1 = torch.zeros_like(lse_T)[:, None]
     if dense_TE is not None:
         inner_T1 = (dense_TE * probs_TE).sum(-1, keepdim=True)
-    if sparse_TK is not None:
+    if sparse_TK is not None and not normalize:  # shares of the held logits know no other scores
         inner_T1 += sparse_TK.sum(-1, keepdim=True)
     if dlse_T is not None:
         inner_T1 -= dlse_T[:, None]
@@ -235,7 +241,21 @@ def _serve(
     return held_N.view(K, T).T.int().contiguous()
 
 
-def _inverse_sum(score_TK: Tensor) -> Tensor:
-    """1 / Σ_k score (T, 1), or 0 where that would overflow: a token whose scores have all run out of digits."""
-    sum_T1 = score_TK.sum(-1, keepdim=True)
-    return torch.where(sum_T1 >= torch.finfo(sum_T1.dtype).tiny, sum_T1.reciprocal(), 0.0)
+def _shares(logits_TK: Tensor, sigmoid: bool) -> Tensor:
+    """The scores of these logits over their sum; 0 for −Inf, also where there is nothing else.
+
+    They may be too small for their dtype, so all are made e^−c times as large, c being the largest logit, but for
+    sigmoid scores 0 at most. The largest is then at least 1/2.
+    """
+    top_T1 = logits_TK.amax(-1, keepdim=True).clamp_min(torch.finfo(logits_TK.dtype).min)
+    if sigmoid:
+        score_TK = (logits_TK.clamp_max(0.0) - top_T1.clamp_max(0.0)).exp() / (1.0 + (-logits_TK.abs()).exp())
+    else:
+        score_TK = (logits_TK - top_T1).exp()
+    return score_TK / score_TK.sum(-1, keepdim=True).clamp_min(0.5)
+
+
+def _mean(value_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Each row's mean (T, 1) by these weights, whatever they add up to; 0 where they are all 0."""
+    total_T1 = weight_TK.sum(-1, keepdim=True)
+    return (value_TK * weight_TK).sum(-1, keepdim=True) / torch.where(total_T1 == 0.0, 1.0, total_T1)
