@@ -297,13 +297,14 @@ def _resources(compiled: Any, architecture: int, usage: str) -> dict[str, Any]:
 
 
 def _assembled(ptx: str, architecture: int) -> str:
-    """→ what the assembler says of the registers."""
+    """→ what the assembler says of the registers, called as Triton calls it."""
     target = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
     assembler = ASSEMBLERS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [assembler, "-v", f"-arch={target}", source, "-o", source.with_suffix(".cubin")]
+        command = [assembler, "-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={target}"]
+        command += [source, "-o", source.with_suffix(".cubin")]
         return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
 
 

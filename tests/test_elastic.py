@@ -151,14 +151,14 @@ def test_a_node_is_lost_and_another_joins_and_every_sequence_is_seen_once(distur
 
 
 def test_a_rank_that_is_stopped_is_found_and_replaced(disturbed: Path) -> None:
-    figures = chaos_elastic.stopped(disturbed, heartbeat=3)
+    figures = chaos_elastic.stopped(disturbed, heartbeat=6)  # with less a busy machine has ranks look dead
     assert figures["sequences"] == 10 * 8
     run = only_run(disturbed)
     (record,) = (run / "logs").glob("stuck_rank_*.txt")
     assert record.name == "stuck_rank_0.txt"
-    for words in ("rank 1: no sign of life for 3 s", "gloo:all_reduce", "not done", "in _step"):
+    for words in ("rank 1: no sign of life for 6 s", "gloo:all_reduce", "not done", "in _step"):
         assert words in record.read_text()
-    assert "rank 1 hung: no sign of life for 3 s" in (run / "report.md").read_text()
+    assert "rank 1 hung: no sign of life for 6 s" in (run / "report.md").read_text()
 
 
 def test_nodes_that_could_not_join_are_warned_of_at_the_start(
