@@ -226,7 +226,7 @@ def _range(values: list[str]) -> str:
 
 
 def _figure(row: Row) -> str:
-    if row.rate and (row.milliseconds is None or row.rate[1] == "tokens/s"):
+    if row.rate and row.milliseconds is None:
         return f"{significant(row.rate[0])} {row.rate[1]}"
     assert row.milliseconds
     ms = row.milliseconds[0]

@@ -293,7 +293,7 @@ def _by_document(
 ) -> tuple[Tensor, Tensor]:
     """The definition with packed documents for torch.compile, which must not see their ends read. lse may have no
     element."""
-    out, lse = reference.by_document(q, k, v, cu_q, cu_k, scale, left, right, softcap, return_lse)
+    out, lse = reference.by_document(q, k, v, cu_q, cu_k, (scale, left, right, softcap, return_lse))
     return out.contiguous(), q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)) if lse is None else lse
 
 
@@ -317,7 +317,7 @@ def _by_document_backward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.by_document_backward(dout, dlse, q, k, v, cu_q, cu_k, scale, left, right, softcap)
+    return reference.by_document_backward(dout, dlse, q, k, v, cu_q, cu_k, (scale, left, right, softcap))
 
 
 @_by_document_backward.register_fake

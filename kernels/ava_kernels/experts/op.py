@@ -89,8 +89,8 @@ def grouped_mm(
 
     offs (E,) int32 says where each expert's share of N ends, and the next one's begins; in the last form, which has no
     N, it is None. `bias` and another `out_dtype` than x's are refused, as torch refuses them. Differentiable, any
-    number of times. On a GPU it never waits for the device, except with `offs` in float64, or where
-    AVA_KERNELS_BACKEND=torch: PyTorch (`reference.py`) reads it on the host. Raises ValueError, naming the argument.
+    number of times. On a GPU it never waits for the device, except in float64 or with AVA_KERNELS_BACKEND=torch, where
+    PyTorch (`reference.py`) reads `offs` on the host. Raises ValueError, naming the argument.
     """
     asked_for()  # what cannot be understood is refused whatever is computed
     _check_grouped(x, w, offs, bias, out_dtype)
