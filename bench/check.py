@@ -402,7 +402,7 @@ def _rotation(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str) 
     places = torch.randint(0, 2 * S + 1, (B, S), device=device) if way == "positions" else None
     interleaved, token = way == "interleaved", torch.arange(S, device=device).expand(B, S)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         """By products of complex numbers."""
         part = x[..., : 2 * pairs]
         part = part.unflatten(-1, (pairs, 2)) if interleaved else part.unflatten(-1, (2, pairs)).mT
@@ -422,8 +422,8 @@ def _rotation(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str) 
 
     found = results_of(ours, [x], upstream)
     same_bits(found, results_of(ours, [x], upstream))
-    exact = results_of(turned, [x.double()], upstream)
-    compare(["output", "dx"], found, exact, results_of(turned, [x], upstream))
+    exact = results_of(rotated, [x.double()], upstream)
+    compare(["output", "dx"], found, exact, results_of(rotated, [x], upstream))
 
 
 def attentions(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:

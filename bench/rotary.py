@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m bench.rotary             # on the GPU where there is one: bfloat16
 
-"plain" turns halves with cat and two products, as transformers' models do; Liger's kernel runs where it is installed.
+"plain" rotates halves with cat and two products, as transformers' models do; Liger's kernel runs where it is installed.
 Every contender's queries, keys and their gradients are first compared with float64. Each of the 2·T·(H_q + H_kv)·D
 elements is read and written once forward and once backward: those are the bytes. A ratio is a peer's time over ours.
 """
@@ -47,12 +47,12 @@ def _told(name: str, figures: dict[str, Any]) -> str:
     return f"{name} {figures['median_ms']:.3f} ms ({figures['ratio']['median']:.2f}×)"
 
 
-def turn(rotate: Callable[..., tuple[Tensor, ...]], problem: Problem, size: Size) -> list[Tensor]:
-    """Queries and keys, turned, and their gradients where the products with fixed numbers are asked for."""
+def rotated_with_gradients(rotate: Callable[..., tuple[Tensor, ...]], problem: Problem, size: Size) -> list[Tensor]:
+    """Queries and keys, rotated, and their gradients where the products with fixed numbers are asked for."""
     q, k = (t.detach().clone().requires_grad_() for t in problem.tensors[:2])  # Liger's writes into what it is given
-    turned = rotate(q * 1, k * 1, *problem.tables, size, problem.cu)
-    gradients = torch.autograd.grad(turned, (q, k), (problem.upstream, problem.tensors[2].detach()))
-    return [*(t.detach() for t in turned), *gradients]
+    rotated = rotate(q * 1, k * 1, *problem.tables, size, problem.cu)
+    gradients = torch.autograd.grad(rotated, (q, k), (problem.upstream, problem.tensors[2].detach()))
+    return [*(t.detach() for t in rotated), *gradients]
 
 
 def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
@@ -60,11 +60,13 @@ def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
     contenders = CONTENDERS | ({"Liger": liger_rotation} if device == "cuda" else {})
     problem = make_problem(size, device, dtype)
     exact_problem = Problem([t.detach().double() for t in problem.tensors], problem.upstream.double(), *problem[2:])
-    exact = turn(plain_rotation, exact_problem, size)
+    exact = rotated_with_gradients(plain_rotation, exact_problem, size)
     failed = {}
     for name, rotate in list(contenders.items()):
         try:
-            error = max(relative_error(a, b) for a, b in zip(turn(rotate, problem, size), exact, strict=True))
+            error = max(
+                relative_error(a, b) for a, b in zip(rotated_with_gradients(rotate, problem, size), exact, strict=True)
+            )
             if not error <= WRONG:
                 raise ValueError(f"wrong: relative error {error:.3g}")
         except Exception as error:  # a peer that is not installed, or does not work here
@@ -91,8 +93,8 @@ def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
 def action(rotate: Callable[..., tuple[Tensor, ...]], problem: Problem, size: Size) -> Callable[[], object]:
     def run() -> object:
         q, k, _ = problem.tensors
-        turned = rotate(q, k, *problem.tables, size, problem.cu)
-        return torch.autograd.grad(turned, (q, k), (problem.upstream, problem.tensors[2].detach()))
+        rotated = rotate(q, k, *problem.tables, size, problem.cu)
+        return torch.autograd.grad(rotated, (q, k), (problem.upstream, problem.tensors[2].detach()))
 
     return run
 

@@ -141,13 +141,13 @@ def attention(
     H_kv: int,
     D: int,
     dtype: torch.dtype = torch.bfloat16,
-    turned: int | None = None,
+    rotary_dim: int | None = None,
     packed: bool = False,
     hopper: bool = False,
     **options: Any,
 ) -> Callable[[], None]:
-    """A forward and backward pass of attention over `turned` elements of each head (default: all); `options` are those
-    of the kernels' `Shape`. `packed`: B documents of S tokens, one behind the other; `hopper`: by those kernels."""
+    """A forward and backward pass of attention that rotates `rotary_dim` elements of each head (default: all).
+    `options` are those of the kernels' `Shape`; `packed`: B documents of S tokens; `hopper`: by those kernels."""
 
     def run() -> None:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -155,7 +155,7 @@ def attention(
 
         rows = (1, B * S) if packed else (B, S)
         q, k, v = empty(*rows, H_q, D), empty(*rows, H_kv, D), empty(*rows, H_kv, D)
-        pairs = (D if turned is None else turned) // 2
+        pairs = (D if rotary_dim is None else rotary_dim) // 2
         cos, sin = (empty(S, pairs, dtype=torch.float32) if pairs else None for _ in range(2))
         cu = empty(B + 1, dtype=torch.int32) if packed else None
         position = empty(*rows, dtype=torch.int32) if packed else None
@@ -165,8 +165,8 @@ def attention(
         )
         kernels = hopper_kernels if hopper else attention_kernels
         table = cos, sin, position, cu, cu
-        out, lse, turned_q, turned_k = kernels.forward(q, k, v, *table, shape, True)
-        kept = (turned_q, turned_k) if pairs else (q, k)
+        out, lse, rotated_q, rotated_k = kernels.forward(q, k, v, *table, shape, True)
+        kept = (rotated_q, rotated_k) if pairs else (q, k)
         kernels.backward(out, None, *kept, v, out, lse, *table, shape)
 
     return run
@@ -199,13 +199,13 @@ CASES = {
     "attention 128, packed": attention(4, 4096, 16, 16, 128, packed=True),
     "attention 128, window, softcap": attention(4, 4096, 16, 16, 128, left=1024, softcap=50.0),
     "attention 128, interleaved": attention(4, 4096, 16, 16, 128, interleaved=True),
-    "attention 96, part turned": attention(4, 4096, 16, 16, 96, turned=32),
+    "attention 96, partial rotary": attention(4, 4096, 16, 16, 96, rotary_dim=32),
     **{f"attention {D}, causal, 64/8, hopper": attention(4, 4096, 64, 8, D, hopper=True) for D in (64, 128)},
     "attention 128, window, softcap, hopper": attention(
         4, 4096, 16, 16, 128, torch.float16, hopper=True, left=1024, softcap=50.0, interleaved=True
     ),
-    "attention 64, part turned, softcap, hopper": attention(
-        4, 4096, 16, 16, 64, turned=32, hopper=True, left=1024, softcap=50.0
+    "attention 64, partial rotary, softcap, hopper": attention(
+        4, 4096, 16, 16, 64, rotary_dim=32, hopper=True, left=1024, softcap=50.0
     ),
     **{f"attention {D}, packed, hopper": attention(4, 4096, 16, 16, D, packed=True, hopper=True) for D in (64, 128)},
     "attention 128, packed, window, softcap, hopper": attention(

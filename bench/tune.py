@@ -5,11 +5,11 @@
     python -m bench.tune hopper [--shapes B,S,H_q,H_kv,D,causal|full|packed …]
                         for each:  [--budget MINUTES] [--dtype bfloat16] [--ship]
 
-For one kernel after the other (of the experts: up, rows, back, weights; of attention: forward, keys, queries; of
-attention for Hopper: hopper_forward, hopper_keys, hopper_queries) every candidate that has the registers and the shared
-memory takes the place of the tile in use, and the whole pass that the kernel belongs to is timed, forward or backward.
-A candidate that does not compile, needs more memory than there is, or gives another result is passed over. What beats
-the tile in use by more than 1 % replaces it. A problem's kernels have equal parts of the time that is left.
+For one kernel after the other (of the experts: up, grouped_mm, down_backward, weight_grad; of attention: forward, dkdv,
+dq; of attention for Hopper: hopper_forward, hopper_dkdv, hopper_dq) every candidate that has the registers and the
+shared memory takes the place of the tile in use, and the whole pass that the kernel belongs to is timed, forward or
+backward. A candidate that does not compile, needs more memory than there is, or gives another result is passed over.
+What beats the tile in use by more than 1 % replaces it. A problem's kernels have equal parts of the time that is left.
 
 Results go, kernel by kernel as they are found, into `~/.cache/ava_kernels/tiles.json` (AVA_KERNELS_CACHE names another
 folder); with --ship into the operation's table in the package. Their form stands in `ava_kernels/tiles.py`. Routing and
@@ -96,7 +96,12 @@ class Experts(Problem):
     ]  # fmt: skip
     SHAPE = "T,M,I,E,K"
     SHIPPED = experts_tiles.SHIPPED
-    PASSES: ClassVar = {"up": "forward", "rows": "backward", "back": "backward", "weights": "backward"}
+    PASSES: ClassVar = {
+        "up": "forward",
+        "grouped_mm": "backward",
+        "down_backward": "backward",
+        "weight_grad": "backward",
+    }
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str):
         T, M, I, E, K = shape
@@ -124,12 +129,12 @@ class Experts(Problem):
         gated = kernel == "up"  # two accumulators
         for BM, BN, BK in itertools.product((64, 128, 256), (64, 128, 256), (32, 64)):
             accumulator = BM * BN * (2 if gated else 1)
-            if not 64 * 64 <= accumulator <= 128 * 256 or (kernel == "back" and accumulator > 128 * 128):
+            if not 64 * 64 <= accumulator <= 128 * 256 or (kernel == "down_backward" and accumulator > 128 * 128):
                 continue
             warps = 4 if accumulator <= 128 * 64 else 8
             for stages in (3, 4, 5):
                 operands = (BM + BN * (2 if gated else 1)) * BK * elements
-                if operands * (stages - (kernel == "weights")) > SHARED_MEMORY:
+                if operands * (stages - (kernel == "weight_grad")) > SHARED_MEMORY:
                     continue
                 for G in (4, 8, 16) if stages == 4 else (8,):
                     yield experts_tiles.Tile(BM, BN, BK, warps, stages, G, 1 if warps == 8 else 2)
@@ -143,7 +148,7 @@ class Attention(Problem):
     SHAPES: ClassVar = [Size(4, 4096, 64, 8, D, mask) for mask in ("causal", "full") for D in (128, 64)]
     SHAPE = "B,S,H_q,H_kv,D,causal|full|packed"
     SHIPPED = attention_tiles.SHIPPED
-    PASSES: ClassVar = {"forward": "forward", "keys": "backward", "queries": "backward"}
+    PASSES: ClassVar = {"forward": "forward", "dkdv": "backward", "dq": "backward"}
     BACKEND: ClassVar = "triton"
 
     def __init__(self, shape: Size, dtype: torch.dtype, device: str):
@@ -171,14 +176,14 @@ class Attention(Problem):
     def candidates(self, kernel: str) -> Iterator[tuple[int, ...]]:
         """`own` rows stay with a program, of two operands backward and of one forward; `other` rows pass by."""
         D, elements = max(32, 1 << (self.size.D - 1).bit_length()), self.dout.element_size()
-        fetched, outs = (1, 1) if kernel == "forward" else (2, 2 if kernel == "keys" else 1)
+        fetched, outs = (1, 1) if kernel == "forward" else (2, 2 if kernel == "dkdv" else 1)
         for own, other, warps in itertools.product((128, 64, 32), (64, 128, 32), (8, 4)):
             scores = own * other * (1 if kernel == "forward" else 2)  # these and, backward, their gradients
             if (own * D * outs + scores) / (32 * warps) > REGISTERS:
                 continue
             for stages in (2, 3, 1, 4):
                 if (fetched * own + 2 * stages * other) * D * elements <= SHARED_MEMORY:
-                    sizes = (other, own) if kernel == "keys" else (own, other)
+                    sizes = (other, own) if kernel == "dkdv" else (own, other)
                     yield attention_tiles.Tile(*sizes, warps, stages)
 
     def forward(self) -> Tensor:
@@ -195,7 +200,7 @@ class Hopper(Attention):
     """By the kernels of `hopper.py`, whose rings are alike for every mask."""
 
     SHAPES: ClassVar = [Size(4, 4096, 64, 8, D, "causal") for D in (128, 64)]
-    PASSES: ClassVar = {"hopper_forward": "forward", "hopper_keys": "backward", "hopper_queries": "backward"}
+    PASSES: ClassVar = {"hopper_forward": "forward", "hopper_dkdv": "backward", "hopper_dq": "backward"}
     BACKEND: ClassVar = "hopper"
 
     def __init__(self, shape: Size, dtype: torch.dtype, device: str):

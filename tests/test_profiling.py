@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -168,7 +169,7 @@ def gpu_events():
         launch(4, 410, thread=2),
         kernel(1, "gemm", 200, 300),
         kernel(2, "_up", 300, 500),
-        kernel(3, "_rows", 450, 600),
+        kernel(3, "_grouped_mm", 450, 600),
         kernel(4, "gemm", 700, 750),
         kernel(5, "ncclDevKernel_AllReduce", 740, 800),
         kernel(6, "gemm", 1200, 1300),  # of no step
@@ -187,8 +188,8 @@ def test_the_time_of_a_gpu_is_its_kernels():
     assert "experts                0.35  35.0%" in table
 
 
-def test_kernels_and_what_they_reach():
-    config = Config.model_validate(
+def small_config():
+    return Config.model_validate(
         {
             "model": {"vocab_size": 300, "hidden_size": 64, "num_layers": 1, "num_heads": 2},
             "moe": {"num_experts": 4, "top_k": 2, "intermediate_size": 32},
@@ -196,12 +197,31 @@ def test_kernels_and_what_they_reach():
             "training": {"batch_size": 8},
         }
     )
-    rows = {row["kernel"]: row for row in trace.kernels(gpu_events(), config, 2, 1, {"flops": 1e12, "bytes": 1e9})}
+
+
+def test_kernels_whose_arithmetic_is_known_exist():
+    ours = ("experts.kernels", "attention.kernels")
+    hopper = (
+        "experts.hopper_kernels",
+        "experts.hopper_weight_grad",
+        "attention.hopper_forward",
+        "attention.hopper_backward",
+    )
+    for prefix, modules in (("", ours), ("_hopper", hopper)):
+        there = set().union(*(vars(importlib.import_module(f"ava_kernels.{module}")) for module in modules))
+        assert {prefix + name for name in trace._own_flops(small_config(), 2)} <= there
+
+
+def test_kernels_and_what_they_reach():
+    events, peak = gpu_events(), {"flops": 1e12, "bytes": 1e9}
+    events.append(event("kernel", "_hopper_down_backward", 900, 910, thread=7, correlation=7))
+    rows = {row["kernel"]: row for row in trace.kernels(events, small_config(), 2, 1, peak)}
     gemm, up = rows["gemm"], rows["_up"]
     assert (gemm["part"], gemm["ms"], gemm["launches"]) == ("attention", 0.15, 2)
     # One of its launches has an operator: 2·100·50·20 FLOPs, 12,000 bytes of inputs, in 150 µs.
     assert gemm["roofline_share"] == round(12_000 / 150e-6 / 1e9, 4)
     # 4 of 8 sequences a rank, 512 tokens to 2 experts each: gate and up are 2·32 wide.
     assert up["roofline_share"] == round(2 * 512 * 2 * 64 * 64 / 200e-6 / 1e12, 4)
+    assert rows["_hopper_down_backward"]["roofline_share"] == round(2 * 512 * 2 * 64 * 32 / 10e-6 / 1e12, 4)
     assert rows["ncclDevKernel_AllReduce"]["roofline_share"] is None
     assert "_up" in trace.kernel_table(list(rows.values()))

@@ -230,8 +230,8 @@ def kernels(
         )
         row["us"] += kernel["dur"]
         row["launches"] += 1
-        if name in own:
-            row["flops"] += own[name]
+        if (flops := own.get(name.replace("_hopper_", "_"))) is not None:
+            row["flops"] += flops
         elif launch.operator is not None and alone[id(launch.operator)] == 1:
             row["flops"] += _flops_of(launch.operator)
             row["bytes"] += _bytes_of(launch.operator)
@@ -252,20 +252,21 @@ def kernels(
 
 
 def _own_flops(config: Config, world_size: int) -> dict[str, float]:
-    """Of one launch of our Triton kernels, on one rank and micro-batch (docs/experts.md says what each computes)."""
+    """Of one launch of our Triton kernels, on one rank and micro-batch (docs/experts.md says what each computes); those
+    for Hopper are named alike, behind `_hopper`."""
     S, M = config.data.max_length, config.model.hidden_size
     T = config.training.batch_size // world_size * S
     product = 2.0 * T * config.moe.top_k * M * config.moe.intermediate_size  # rows by one of M and I
-    rows_launches = (1, 1, 2) if config.memory.activation_checkpointing else (1, 2)
+    grouped_mm_launches = (1, 1, 2) if config.memory.activation_checkpointing else (1, 2)
     scores = float(T) * S * config.model.num_heads * config.head_dim  # causal, one product of queries and keys
     return {
         "_up": 2 * product,
-        "_rows": product * sum(rows_launches) / len(rows_launches),
-        "_back": product,
-        "_weights": 1.5 * product,
+        "_grouped_mm": product * sum(grouped_mm_launches) / len(grouped_mm_launches),
+        "_down_backward": product,
+        "_weight_grad": 1.5 * product,
         "_forward": 2 * scores,
-        "_keys": 4 * scores,
-        "_queries": 3 * scores,
+        "_dkdv": 4 * scores,
+        "_dq": 3 * scores,
     }
 
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-GROUP: gl.constexpr = gl.constexpr(64)  # rows of a group of warps: what one wgmma has
+GROUP: gl.constexpr = gl.constexpr(64)  # rows of a warp group: what one wgmma has
 CHUNK: gl.constexpr = gl.constexpr(16)  # rows that are cleared at a time: registers are few
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in triton 3.8, and before
 

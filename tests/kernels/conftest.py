@@ -12,6 +12,13 @@ from ava_kernels import tiles
 from ava_kernels.experts import reference
 from ava_kernels.experts.tiles import KERNELS
 
+try:
+    import quick_interpreter
+except ImportError:  # no Triton: its tests are skipped
+    pass
+else:
+    quick_interpreter.install()
+
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:

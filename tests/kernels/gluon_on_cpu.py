@@ -1,4 +1,4 @@
-"""Runs Gluon kernels for Hopper on a CPU, which Triton's interpreter does not: every group of warps as a thread.
+"""Runs Gluon kernels for Hopper on a CPU, which Triton's interpreter does not: every warp group as a thread.
 
     with emulated():
         hopper.forward(q, k, v, …)   # on CPU tensors; launches run here

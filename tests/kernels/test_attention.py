@@ -143,7 +143,7 @@ def test_turns_queries_and_keys_by_their_positions(backend, interleaved, head_di
     position_ids = torch.randint(0, 50, (2, 20)) if given_positions else None
 
     def exact(q, k, v):
-        q, k = (turned(t, cos, sin, interleaved, position_ids) for t in (q, k))
+        q, k = (rotated(t, cos, sin, interleaved, position_ids) for t in (q, k))
         return written_out(q, k, v)
 
     def ours(q, k, v):
@@ -153,7 +153,7 @@ def test_turns_queries_and_keys_by_their_positions(backend, interleaved, head_di
     assert_as_exact_as_written_out(ours, exact, tensors)
 
 
-def turned(x, cos, sin, interleaved, position_ids=None):
+def rotated(x, cos, sin, interleaved, position_ids=None):
     """(a + ib) · (cos + i·sin) for every pair (a, b)."""
     pairs, x = cos.shape[1], x.clone()
     first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
@@ -241,7 +241,7 @@ def test_packed_documents_without_their_longest_length_and_with_positions_of_the
     cu_seqlens, position_ids = documents_of(lengths), torch.randint(0, 100, (T,))
     plain = rope_attention(*packed, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=31)
     assert torch.equal(rope_attention(*packed, cos, sin, cu_seqlens=cu_seqlens), plain)
-    q, k = (turned(t[None], cos, sin, False, position_ids[None])[0] for t in packed[:2])
+    q, k = (rotated(t[None], cos, sin, False, position_ids[None])[0] for t in packed[:2])
     expected = rope_attention(q, k, packed[2], cu_seqlens=cu_seqlens)
     out = rope_attention(*packed, cos, sin, cu_seqlens=cu_seqlens, position_ids=position_ids)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -268,7 +268,7 @@ def test_any_shape(backend, data):
         outs, lses = [], []
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             document = [t[None, start:end] for t in (q, k, v)]
-            document[:2] = [turned(t, cos, sin, False) for t in document[:2]]
+            document[:2] = [rotated(t, cos, sin, False) for t in document[:2]]
             out, lse = written_out(*document, causal=causal, window=window, softcap=softcap)
             outs.append(out[0])
             lses.append(lse[0])
@@ -360,8 +360,8 @@ def test_operators_are_registered_in_full(triton_backend):
     plain = [t.detach() for t in (q, k, v)]
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     torch.library.opcheck(ops.attention, (*plain, cos, sin, torch.arange(5)[None], cu, cu, *shape, False, False))
-    out, lse, turned_q, turned_k = ops.attention(*plain, cos, sin, None, None, None, *shape, True, False)
-    saved = turned_q, turned_k, plain[2], out, lse, cos, sin, None, None, None
+    out, lse, rotated_q, rotated_k = ops.attention(*plain, cos, sin, None, None, None, *shape, True, False)
+    saved = rotated_q, rotated_k, plain[2], out, lse, cos, sin, None, None, None
     for dlse in (None, torch.randn_like(lse)):
         torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), dlse, *saved, *shape, False))
 
@@ -446,7 +446,7 @@ def test_positions_of_one_row_are_those_of_all(backend):
     assert torch.equal(apply_rotary(q, cos, sin, position_ids=row), apply_rotary(q, cos, sin, position_ids=row[0]))
 
 
-def test_keeps_turned_queries_and_keys_instead_of_the_given_ones(triton_backend):
+def test_keeps_rotated_queries_and_keys_instead_of_the_given_ones(triton_backend):
     q, k, v = inputs(20, 20, (4, 2), 16, torch.float16)
     cos, sin = tables(20, 8)
     saved = []
@@ -460,20 +460,22 @@ def test_keeps_turned_queries_and_keys_instead_of_the_given_ones(triton_backend)
 
 
 def test_turning_costs_what_the_docstring_counts(triton_backend, monkeypatch):
-    """Elements of turned tensors that each launch reads and writes beside what attention itself would."""
+    """Elements of rotated tensors that each launch reads and writes beside what attention itself would."""
     from ava_kernels.attention import kernels
     from ava_kernels.rotary import kernels as rotary
 
     moved = []
-    turn = rotary.rotate
-    monkeypatch.setattr(rotary, "rotate", lambda x, *rest: moved.append(x.numel() + rest[-1].numel()) or turn(x, *rest))
+    rotate = rotary.rotate
+    monkeypatch.setattr(
+        rotary, "rotate", lambda x, *rest: moved.append(x.numel() + rest[-1].numel()) or rotate(x, *rest)
+    )
     launch = kernels._forward
 
     class Launch:
         def __getitem__(self, grid):
             def run(*args, **kwargs):
-                if torch.is_tensor(args[launch.arg_names.index("turned_q_ptr")]):
-                    moved.append(args[launch.arg_names.index("turned_q_ptr")].numel())
+                if torch.is_tensor(args[launch.arg_names.index("rotated_q_ptr")]):
+                    moved.append(args[launch.arg_names.index("rotated_q_ptr")].numel())
                 launch[grid](*args, **kwargs)
 
             return run

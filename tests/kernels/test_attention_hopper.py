@@ -1,4 +1,4 @@
-"""Hopper's attention, every group of warps as a thread on this CPU, against the definition in float64."""
+"""Hopper's attention, every warp group as a thread on this CPU, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_output_and_gradients_are_the_definition(D, S_q, S_k, options):
 def test_heads_share_keys(dtype, heads):
     rotation = (
         table(150, 64) if dtype == torch.float16 else ()
-    )  # keys are turned by Triton's interpreter, cutting bits off
+    )  # keys are rotated by Triton's interpreter, cutting bits off
     assert_right(inputs(150, 150, heads, dtype=dtype, batch=2), rotation)
 
 
@@ -205,34 +205,38 @@ def test_what_it_does_not_take(monkeypatch):
 
 FAULTS = {
     "values are given back before they are read": (
-        hopper_forward._attend,
+        hopper_forward._forward_consumer,
         "out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))\n            mbarrier.arrive(v_empty.index(last_stage))",
         "mbarrier.arrive(v_empty.index(last_stage))\n            out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))",
     ),
-    "the token is not passed on": (hopper_forward._attend, "mbarrier.arrive(turns.index(1 - NUMBER))", "pass"),
-    "no fence behind the queries": (hopper_forward._attend, "hopper.fence_async_shared()", "pass"),
+    "the token is not passed on": (
+        hopper_forward._forward_consumer,
+        "mbarrier.arrive(ping_pong.index(1 - NUMBER))",
+        "pass",
+    ),
+    "no fence behind the queries": (hopper_forward._forward_consumer, "hopper.fence_async_shared()", "pass"),
     "no fence behind what is cleared": (shared.clear_behind, "hopper.fence_async_shared()", "pass"),
     "a row of the next document": (shared.clear_behind, "row_A < end", "row_A <= end"),
     "values that are not cleared": (
-        hopper_forward._attend,
+        hopper_forward._forward_consumer,
         "clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)",
         "pass",
     ),
-    "queries that are not cleared": (hopper_backward._keys_of_group, "clear_behind(q_MD, len_q - m)", "pass"),
-    "gradients that are not cleared": (hopper_backward._keys_of_group, "clear_behind(dout_MD, len_q - m)", "pass"),
-    "keys that are not cleared": (hopper_backward._queries_of_group, "clear_behind(k_ND, len_k - n)", "pass"),
+    "queries that are not cleared": (hopper_backward._dkdv_consumer, "clear_behind(q_MD, len_q - m)", "pass"),
+    "gradients that are not cleared": (hopper_backward._dkdv_consumer, "clear_behind(dout_MD, len_q - m)", "pass"),
+    "keys that are not cleared": (hopper_backward._dq_consumer, "clear_behind(k_ND, len_k - n)", "pass"),
     "a phase that is off by one": (
-        hopper_forward._fetch,
+        hopper_forward._forward_producer,
         "k_empty.index(stage), phase ^ 1",
         "k_empty.index(stage), phase",
     ),
     "a product that is not waited for": (
-        hopper_backward._keys_of_group,
+        hopper_backward._dkdv_consumer,
         "hopper.warpgroup_mma_wait(0, deps=(dv_sum",
         "hopper.warpgroup_mma_wait(1, deps=(dv_sum",
     ),
     "bytes that are not expected": (
-        hopper_backward._fetch_pairs,
+        hopper_backward._backward_producer,
         "x.block_type.nbytes + y.block_type.nbytes)\n        fetch",
         "x.block_type.nbytes)\n        fetch",
     ),

@@ -128,7 +128,7 @@ def test_packed_projections(backend):
     assert qkv.grad.any()
 
 
-def turned(x, angles, interleaved):
+def rotated(x, angles, interleaved):
     """(…, S, H, D) by angles (…, S, pairs), in float64."""
     x, pairs = x.detach().double().clone(), angles.shape[-1]
     first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
@@ -146,14 +146,14 @@ def test_rotation_with_offsets(backend, interleaved, inplace, offsets):
     cos, sin = angles.cos().float(), angles.sin().float()
     starts = offsets.tolist() if isinstance(offsets, torch.Tensor) else [offsets] * 3
     x = torch.randn(3, 7, 2, 12)
-    expected = turned(x, torch.stack([angles[at : at + 7] for at in starts]), interleaved)
+    expected = rotated(x, torch.stack([angles[at : at + 7] for at in starts]), interleaved)
     given = x.clone()
     out = flash.apply_rotary_emb(given, cos, sin, interleaved, inplace, offsets)
     torch.testing.assert_close(out.double(), expected, **CLOSE)
     assert (out is given) == inplace
     packed = torch.randn(40, 2, 12)  # rows behind the last sequence, more than the table has
     places = [at + i for at, length in zip(starts, (4, 0, 6), strict=True) for i in range(length)]
-    expected = turned(packed[:10], angles[places], interleaved)
+    expected = rotated(packed[:10], angles[places], interleaved)
     out = flash.apply_rotary_emb(packed.clone(), cos, sin, interleaved, inplace, offsets, ends(4, 0, 6), 6)
     torch.testing.assert_close(out[:10].double(), expected, **CLOSE)
 
@@ -162,7 +162,7 @@ def test_rotations_gradient(backend):
     angles = torch.randn(20, 5, dtype=torch.float64)
     x, upstream = random(3, 7, 2, 12), torch.randn(3, 7, 2, 12)
     flash.apply_rotary_emb(x, angles.cos().float(), angles.sin().float(), seqlen_offsets=2).backward(upstream)
-    torch.testing.assert_close(x.grad.double(), turned(upstream, -angles[2:9], False), **CLOSE)
+    torch.testing.assert_close(x.grad.double(), rotated(upstream, -angles[2:9], False), **CLOSE)
 
 
 def test_signatures_are_flash_attns():

@@ -1,4 +1,4 @@
-"""The experts' products for Hopper, every group of warps as a thread on this CPU, against a loop over the experts."""
+"""The experts' products for Hopper, every warp group as a thread on this CPU, against a loop over the experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ava_kernels import moe_mlp, route, tiles
 from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
-from ava_kernels.experts import hopper, hopper_kernels, hopper_weights, op
+from ava_kernels.experts import hopper, hopper_kernels, hopper_weight_grad, op
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "on_this_cpu")
 
@@ -264,39 +264,47 @@ def test_a_table_says_whose_kernels_are_taken(monkeypatch, tmp_path, dtype, shap
 
 FAULTS = {
     "copies are told of too early": (
-        hopper_kernels._gather_rows,
+        hopper_kernels._gather_producer,
         "async_copy.wait_group(late)",
         "async_copy.wait_group(late + 1)",
     ),
     "copies are not fenced": (
-        hopper_kernels._gather_rows,
+        hopper_kernels._gather_producer,
         "                hopper.fence_async_shared()\n                if",
         "                if",
     ),
-    "the last copies are not told of": (hopper_kernels._gather_rows, "gl.maximum(step - late, 0)", "step - late + 1"),
+    "the last copies are not told of": (
+        hopper_kernels._gather_producer,
+        "gl.maximum(step - late, 0)",
+        "step - late + 1",
+    ),
     "a stage is given back too early": (
         hopper_kernels._multiply,
         "mbarrier.arrive(empty.index((step - 1) % STAGES))\n        step",
         "mbarrier.arrive(empty.index(step % STAGES))\n        step",
     ),
     "a phase that is off by one": (
-        hopper_kernels._fetch_rows,
+        hopper_kernels._producer,
         "mbarrier.wait(empty.index(stage), phase ^ 1)",
         "mbarrier.wait(empty.index(stage), phase)",
     ),
     "bytes that are not expected": (
-        hopper_kernels._gather_rows,
+        hopper_kernels._gather_producer,
         "HALVES * w.block_type.nbytes",
         "w.block_type.nbytes // 2",
     ),
     "sums' copies are told of too early": (
-        hopper_weights._fetch_for_sums,
+        hopper_weight_grad._weight_grad_producer,
         "async_copy.wait_group(late)",
         "async_copy.wait_group(late + 1)",
     ),
-    "a sum's left side is not cleared": (hopper_weights._weights_of_group, "clear_behind(left_LB, end - at)", "pass"),
+    "a sum's left side is not cleared": (
+        hopper_weight_grad._weight_grad_consumer,
+        "clear_behind(left_LB, end - at)",
+        "pass",
+    ),
     "a sum's right side is not cleared": (
-        hopper_weights._weights_of_group,
+        hopper_weight_grad._weight_grad_consumer,
         "clear_behind(right_LC2, end - at)",
         "pass",
     ),

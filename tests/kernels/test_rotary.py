@@ -29,7 +29,7 @@ def tables(length, pairs):
 
 
 def assert_turned(out, x, angles, interleaved=False):
-    """As exact as float32, or the dtype that x has, allows; what does not turn to the bit. angles (…, S, pairs)."""
+    """As exact as float32, or the dtype that x has, allows; what is not rotated to the bit. angles (…, S, pairs)."""
     assert out.dtype == x.dtype
     assert out.shape == x.shape
     tolerance = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
@@ -249,7 +249,7 @@ def test_tables_that_do_not_fit_are_refused(cos_shape, sin_shape):
     ("change", "message"),
     [
         ({"x": torch.zeros(1, 5, 1, 8, dtype=torch.int32)}, "x is torch.int32; it must be floats"),
-        ({"cos": None}, "cos and sin are the tables to turn by: give both"),
+        ({"cos": None}, "cos and sin are the tables to rotate by: give both"),
         ({"position_ids": torch.full((5,), 5)}, "position_ids are 5 to 5; cos and sin have the positions 0 to 4 alone"),
         ({"position_ids": torch.full((2, 5), 0)}, r"position_ids is torch.int64 of shape \(2, 5\)"),
         ({"x": torch.zeros(6, 1, 8), "cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens is torch.int64"),

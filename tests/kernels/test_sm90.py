@@ -62,29 +62,29 @@ def test_the_guard_sees_one_kernel_compile_to_more(for_sm_90, field, change, sai
 def test_the_guard_sees_a_tile_that_spills(tmp_path):
     """Compiled, not made up: four warps have too few registers for these accumulators."""
     case = "moe_mlp 32768×2048, 64/8 of 1024"
-    (tmp_path / "tiles.json").write_text(json.dumps({"sm_90": {"weights": {"16 bit": [128, 256, 32, 4, 3, 8, 1]}}}))
+    (tmp_path / "tiles.json").write_text(json.dumps({"sm_90": {"weight_grad": {"16 bit": [128, 256, 32, 4, 3, 8, 1]}}}))
     rows = guard.compiled(90, f"^{case}$", tmp_path)
     recorded = baseline()
     recorded["kernels"] = {case: recorded["kernels"][case]}
     faults = guard.sm90_faults(rows, recorded)
     assert faults
-    assert all(", _weights" in fault for fault in faults)
+    assert all(", _weight_grad" in fault for fault in faults)
     assert any("spills" in fault for fault in faults)
 
 
-GATHERING = ("_hopper_up", "_hopper_back", "_hopper_weights")
+GATHERING = ("_hopper_up", "_hopper_down_backward", "_hopper_weight_grad")
 
 
 def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
     rows = for_sm_90
     routing = {"_select", "serve", "_sum_columns", "_place", "_gradient", "_count_keys", "_order_keys"}
     moving = {"_take_rows", "_sum_rows", "_dot_rows"}
-    experts = {"_up", "_rows", "_back", "_weights", "_invert", "_add_parts"}
-    attention = {"_rotate", "_forward", "_dots", "_keys", "_queries"}
-    hopper = {"_hopper_forward", "_hopper_keys", "_hopper_queries", "_hopper_rows", *GATHERING}
+    experts = {"_up", "_grouped_mm", "_down_backward", "_weight_grad", "_invert", "_add_parts"}
+    attention = {"_rotate", "_forward", "_delta", "_dkdv", "_dq"}
+    hopper = {"_hopper_forward", "_hopper_dkdv", "_hopper_dq", "_hopper_grouped_mm", *GATHERING}
     assert {row["kernel"] for row in rows} == routing | moving | experts | attention | hopper
     assert [row for row in rows if row["serialized"]] == []
-    products = [row for row in rows if row["kernel"] in ("_up", "_rows", "_back", "_weights")]
+    products = [row for row in rows if row["kernel"] in ("_up", "_grouped_mm", "_down_backward", "_weight_grad")]
     cases = {row["case"] for row in rows if row["case"].startswith("moe_mlp")}
     on_hopper = {case for case in cases if "hopper" in case}
     assert len(products) == 6 * len(cases - on_hopper)
@@ -93,11 +93,13 @@ def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
         if "fp32" in row["case"] or "unaligned" in row["case"]:  # exact products, and no descriptor can be made
             continue
         assert row["wgmma"] > 0, row
-        assert row["tma"] > 0 or (row["kernel"] == "_back" and "odd" in row["case"]), row  # M is no multiple of BK
-        assert (row["cp_async"] > 0) == (row["kernel"] != "_rows"), row  # what is gathered
+        assert row["tma"] > 0 or (row["kernel"] == "_down_backward" and "odd" in row["case"]), (
+            row
+        )  # M is no multiple of BK
+        assert (row["cp_async"] > 0) == (row["kernel"] != "_grouped_mm"), row  # what is gathered
 
     for row in rows:
-        if row["kernel"] in ("_forward", "_keys", "_queries") and "fp32" not in row["case"]:
+        if row["kernel"] in ("_forward", "_dkdv", "_dq") and "fp32" not in row["case"]:
             assert row["wgmma"] > 0, row
         if row["kernel"] in hopper:
             assert row["wgmma"] > 0, row
@@ -108,8 +110,10 @@ def test_kernels_compile_for_sm_90_without_spills(for_sm_90):
 @pytest.mark.parametrize("architecture", [80, 120])
 def test_products_and_attention_compile_for_other_gpus(architecture):
     rows = compiled(architecture, ELSEWHERE)
-    assert {"_up", "_rows", "_back", "_weights", "_forward", "_keys", "_queries"} <= {row["kernel"] for row in rows}
-    products = [row for row in rows if row["kernel"] in ("_up", "_rows", "_back", "_weights")]
+    assert {"_up", "_grouped_mm", "_down_backward", "_weight_grad", "_forward", "_dkdv", "_dq"} <= {
+        row["kernel"] for row in rows
+    }
+    products = [row for row in rows if row["kernel"] in ("_up", "_grouped_mm", "_down_backward", "_weight_grad")]
     assert not any(row["wgmma"] for row in products)
     aligned = [row for row in products if "unaligned" not in row["case"]]
     if architecture == 80:

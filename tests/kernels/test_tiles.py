@@ -68,7 +68,7 @@ def test_ones_own_file_goes_first_and_a_pinned_problem_before_all_others(tmp_pat
     assert tile() == Tile(*pinned)
     assert tile(E=32) == Tile(*general)
     assert tile(I=1000) == Tile(*odd)
-    assert tile("rows") != Tile(*general)  # the table's
+    assert tile("grouped_mm") != Tile(*general)  # the table's
     own(tmp_path, {})
     assert tile() == shipped
 
@@ -78,28 +78,28 @@ def test_attention_has_tiles_by_head_and_mask(tmp_path):
         return attention.tile_for(kernel, torch.empty(0, D, dtype=dtype), *window)
 
     causal, full, windowed = (-1, 0), (-1, -1), (64, 0)
-    shipped = tile("keys", 128, causal)
+    shipped = tile("dkdv", 128, causal)
     every, masked, wide = [16, 16, 4, 1], [32, 16, 4, 1], [16, 32, 4, 1]
     own(
         tmp_path,
-        {"sm_90": {"keys": {"16 bit, 128": every, "16 bit, 128, causal": masked, "16 bit, 256, window": wide}}},
+        {"sm_90": {"dkdv": {"16 bit, 128": every, "16 bit, 128, causal": masked, "16 bit, 256, window": wide}}},
     )
-    assert tile("keys", 100, causal) == attention.Tile(*masked)
-    assert tile("keys", 100, full) == tile("keys", 65, windowed, torch.float16) == attention.Tile(*every)
-    assert tile("keys", 200, windowed) == attention.Tile(*wide)
-    assert tile("keys", 128, causal, torch.float32) not in (attention.Tile(*every), attention.Tile(*masked))
-    assert tile("queries", 128, causal) != attention.Tile(*masked)  # the table's
+    assert tile("dkdv", 100, causal) == attention.Tile(*masked)
+    assert tile("dkdv", 100, full) == tile("dkdv", 65, windowed, torch.float16) == attention.Tile(*every)
+    assert tile("dkdv", 200, windowed) == attention.Tile(*wide)
+    assert tile("dkdv", 128, causal, torch.float32) not in (attention.Tile(*every), attention.Tile(*masked))
+    assert tile("dq", 128, causal) != attention.Tile(*masked)  # the table's
     own(tmp_path, {})
-    assert tile("keys", 128, causal) == shipped
+    assert tile("dkdv", 128, causal) == shipped
 
 
 def test_rings_of_hopper_by_head_and_softcap(tmp_path):
     every, capped = [128, 2], [64, 3]
-    own(tmp_path, {"sm_90": {"hopper_keys": {"16 bit, 128": every, "16 bit, 128, softcap": capped}}})
+    own(tmp_path, {"sm_90": {"hopper_dkdv": {"16 bit, 128": every, "16 bit, 128, softcap": capped}}})
     q = torch.empty(0, 100, dtype=torch.bfloat16)
-    assert attention.ring_for("hopper_keys", q, 0.0) == attention.Ring(*every)
-    assert attention.ring_for("hopper_keys", q, 5.0) == attention.Ring(*capped)
-    assert attention.ring_for("hopper_queries", q, 0.0) != attention.Ring(*every)  # the table's
+    assert attention.ring_for("hopper_dkdv", q, 0.0) == attention.Ring(*every)
+    assert attention.ring_for("hopper_dkdv", q, 5.0) == attention.Ring(*capped)
+    assert attention.ring_for("hopper_dq", q, 0.0) != attention.Ring(*every)  # the table's
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"sm_90": {"up": {"16 bit": [1, 2]}}}', '{"sm_90": {"up": 3}}'])

@@ -1,16 +1,16 @@
 """Attention for Hopper in Gluon, forward and backward, by warps that specialise.
 
     (rotary) _rotate   forward   keys, once
-    _hopper_forward    forward   turns its queries as it fetches them, keeps them turned for backward; out and lse
-    (kernels) _dots    backward  ⟨out, dout⟩ of every query
-    _hopper_keys       backward  dk and dv of 128 keys, dk turned back before it is stored
-    _hopper_queries    backward  dq of 128 queries, turned back likewise
+    _hopper_forward    forward   rotates its queries as it loads them and keeps them rotated for backward; out and lse
+    (kernels) _delta   backward  ⟨out, dout⟩ of every query
+    _hopper_dkdv       backward  dk and dv of 128 keys, dk rotated back before it is stored
+    _hopper_dq         backward  dq of 128 queries, rotated back likewise
 
-In each, one warp fetches tiles by TMA into a ring of stages, and two groups of four warps compute with 64 rows each. In
-the forward pass a group issues the product with the next keys before it waits for that with the last values, so that
-its softmax runs while tensor cores work; a token that goes to and fro lets one group issue while the other is at its
-softmax (the schedule of Shah et al., 2024, "FlashAttention-3"). The weights of the softmax stay in registers. Sums are
-in a fixed order, so the same input gives the same bits.
+In each, a producer warp loads tiles by TMA into a ring of stages, and two consumer warp groups compute 64 rows each. In
+the forward pass a consumer issues the product with the next keys before it waits for that with the last values, so that
+its softmax runs while tensor cores work; a pair of barriers lets one issue while the other is at its softmax (the
+ping-pong schedule of Shah et al., 2024, "FlashAttention-3"). The weights of the softmax stay in registers. Sums are in
+a fixed order, so the same input gives the same bits.
 
 The formulas of `kernels.py`, with tiles of other sizes, so not the same bits as there. It is for 16 bits and heads of
 up to 128 elements, with any mask, cap and rotation, packed or not. A packed document gives the bits that it gives
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ava_kernels.attention.kernels import Shape
 
 __all__ = ["backward", "forward", "runs_on", "takes"]
-OWN = GROUP.value  # rows of a group of warps
+OWN = GROUP.value  # rows of a warp group
 PADDED = (32, 64, 128)  # elements that a head has in shared memory
 
 
@@ -66,12 +66,12 @@ def forward(
     (B, S_q, H_q, D), S_k, H_kv = q.shape, k.shape[1], k.shape[2]
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H_q, S_q), dtype=torch.float32)
-    turned_k = k.new_empty(0 if cos is None else k.shape)
+    rotated_k = k.new_empty(0 if cos is None else k.shape)
     if cos is not None and sin is not None:
         cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
-        rotary.rotate(k, cos, sin, position, shape.interleaved, False, turned_k)
-        k = turned_k
-    turned_q = q.new_empty(q.shape if keep and cos is not None else 0)
+        rotary.rotate(k, cos, sin, position, shape.interleaved, False, rotated_k)
+        k = rotated_k
+    rotated_q = q.new_empty(q.shape if keep and cos is not None else 0)
     q = q if q.stride(3) == 1 else q.contiguous()
     sequences = B if cu_q is None else len(cu_q) - 1
     blocks = triton.cdiv(shape.max_q, 2 * OWN)
@@ -86,7 +86,7 @@ def forward(
             _heads(v, ring.rows),
             *_table(cos, sin, position),
             out,
-            turned_q if turned_q.numel() else None,
+            rotated_q if rotated_q.numel() else None,
             lse,
             cu_q,
             cu_k,
@@ -101,7 +101,7 @@ def forward(
             BN=ring.rows,
             STAGES=ring.stages,
         )
-    return out, lse, turned_q, turned_k
+    return out, lse, rotated_q, rotated_k
 
 
 def backward(
@@ -130,15 +130,15 @@ def backward(
         dq, dk, dv = dq.zero_(), dk.zero_(), dv.zero_()
     if not some:
         return dq, dk, dv
-    dots = kernels.dots(out, dout, dlse)
+    delta = kernels.delta(out, dout, dlse)
     fused = cos is not None and 2 * cos.shape[1] == D and D in PADDED
     table = (cos, sin, position) if fused else (None, None, None)
-    arguments = lse, dots, *_table(*table)
+    arguments = lse, delta, *_table(*table)
     numbers = H_q // H_kv, *_numbers(shape)
     constants = _constants(shape, D, table[0])
-    ring = ring_for("hopper_keys", q, shape.softcap)
+    ring = ring_for("hopper_dkdv", q, shape.softcap)
     blocks = triton.cdiv(shape.max_k, 2 * OWN)
-    hopper_backward._hopper_keys[(blocks * sequences * H_kv,)](
+    hopper_backward._hopper_dkdv[(blocks * sequences * H_kv,)](
         *(_heads(k, OWN), _heads(v, OWN), _heads(q, ring.rows), _heads(dout, ring.rows)),
         *(*arguments, dk, dv, cu_q, cu_k, blocks, S_q, S_k, H_kv, *numbers),
         **constants,
@@ -146,9 +146,9 @@ def backward(
         BM=ring.rows,
         STAGES=ring.stages,
     )
-    ring = ring_for("hopper_queries", q, shape.softcap)
+    ring = ring_for("hopper_dq", q, shape.softcap)
     blocks = triton.cdiv(shape.max_q, 2 * OWN)
-    hopper_backward._hopper_queries[(blocks * sequences * H_q,)](
+    hopper_backward._hopper_dq[(blocks * sequences * H_q,)](
         *(_heads(q, OWN), _heads(dout, OWN), _heads(k, ring.rows), _heads(v, ring.rows)),
         *(*arguments, dq, cu_q, cu_k, blocks, S_q, S_k, H_q, *numbers),
         **constants,
@@ -189,7 +189,7 @@ def _constants(shape: Shape, D: int, cos: Tensor | None) -> dict[str, Any]:
     return {
         "HEAD": D,
         "D": _padded(D),
-        "TURNED": 0 if cos is None else 2 * cos.shape[1],
+        "ROTARY_DIM": 0 if cos is None else 2 * cos.shape[1],
         "INTERLEAVED": shape.interleaved,
         "HAS_LEFT": shape.left >= 0,
         "HAS_RIGHT": shape.right >= 0,

@@ -1,6 +1,6 @@
 """Attention's backward pass for Hopper: the kernels that `hopper.backward` launches; see there.
 
-Scores are computed again in each of the two. `_hopper_keys` has them keys by queries, so that weights and their
+Scores are computed again in each of the two. `_hopper_dkdv` has them keys by queries, so that weights and their
 gradients are, in registers, the left operands of the products that dv and dk are summed from.
 """
 
@@ -16,19 +16,19 @@ from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
 @gluon.jit
-def _fetch_pairs(shared, STAGES: gl.constexpr):
-    """What the fetching warp does: two tiles of 64 own rows of two tensors, then pairs of tiles of two others, of one
+def _backward_producer(shared, STAGES: gl.constexpr):
+    """What the producer warp does: two tiles of 64 own rows of two tensors, then pairs of tiles of two others, of one
     head after the other."""
     (
         own_x, own_y, x, y, own_smem, x_smem, y_smem, own_full, full, empty,
-        b, own_h, own_first, h, members, first, tiles,
+        b, own_h, own_first, h, q_per_kv, first, tiles,
     ) = shared  # fmt: skip
     rows: gl.constexpr = x.block_type.shape[1]
     mbarrier.expect(own_full, 2 * own_x.block_type.nbytes + 2 * own_y.block_type.nbytes)
     for group in gl.static_range(2):
         fetch(own_x, [b, own_first + group * GROUP, own_h, 0], own_full, own_smem.index(group))
         fetch(own_y, [b, own_first + group * GROUP, own_h, 0], own_full, own_smem.index(2 + group))
-    for i in range(members * tiles):
+    for i in range(q_per_kv * tiles):
         stage, phase = i % STAGES, i // STAGES & 1
         row, head = first + i % tiles * rows, h + i // tiles
         mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -38,8 +38,8 @@ def _fetch_pairs(shared, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _turned_back(x_AD, position, place, length, cos, sin, cos_stride, sin_stride, INTERLEAVED: gl.constexpr):
-    """→ x (A, D) float32, all of it turned by the negative angles of the rows from `place` on."""
+def _unrotated(x_AD, position, place, length, cos, sin, cos_stride, sin_stride, INTERLEAVED: gl.constexpr):
+    """→ x (A, D) float32, all of it rotated by the negative angles of the rows from `place` on."""
     rows: gl.constexpr = x_AD.shape[0]
     pairs: gl.constexpr = x_AD.shape[1] // 2
     if INTERLEAVED:
@@ -76,15 +76,15 @@ def _store_rows(to, stride, x_AD, smem, place, length, HEAD: gl.constexpr, D: gl
 
 
 @gluon.jit
-def _keys_of_group(
-    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+def _dkdv_consumer(
+    shared, HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
-    """What group 0 or 1 does: dk and dv of 64 keys."""
+    """What consumer 0 or 1 does: dk and dv of 64 keys."""
     (
-        lse, dots, lse_stride, cos, sin, cos_stride, sin_stride, position, dk, dv, stride,
-        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, members,
+        lse, delta, lse_stride, cos, sin, cos_stride, sin_stride, position, dk, dv, stride,
+        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, q_per_kv,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
@@ -100,7 +100,7 @@ def _keys_of_group(
     dk_ND = gl.zeros([GROUP, D], gl.float32, heads)
     dv_ND = gl.zeros([GROUP, D], gl.float32, heads)
     mbarrier.wait(own_full, 0)
-    for i in range(members * tiles):
+    for i in range(q_per_kv * tiles):
         stage, phase = i % STAGES, i // STAGES & 1
         m = start + i % tiles * BM
         m_M = m + tile_M
@@ -122,28 +122,28 @@ def _keys_of_group(
             seen_NM = _seen(m_M[None, :], n_N[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_NM = gl.where(seen_NM, p_NM, 0.0)
         dv_sum = hopper.warpgroup_mma(gl.convert_layout(p_NM.to(dtype), weights), dout_MD, dv_ND, is_async=True)
-        dot_M = gl.load(dots + row + m_M, mask=there_M, other=0.0)  # late: registers are few
+        delta_M = gl.load(delta + row + m_M, mask=there_M, other=0.0)  # late: registers are few
         dp_NM = hopper.warpgroup_mma_wait(1, deps=(dweight,))
-        ds_NM = gl.convert_layout((p_NM * (dp_NM - dot_M[None, :]) * slope).to(dtype), weights)
+        ds_NM = gl.convert_layout((p_NM * (dp_NM - delta_M[None, :]) * slope).to(dtype), weights)
         dk_sum = hopper.warpgroup_mma(ds_NM, q_MD, dk_ND, is_async=True)
         dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
         mbarrier.arrive(empty.index(stage))
     _store_rows(dv, stride, dv_ND, v_own, place, len_k, HEAD, D)
     dk_ND = dk_ND * scale
-    if TURNED > 0:
-        dk_ND = _turned_back(dk_ND, position, place, len_k, cos, sin, cos_stride, sin_stride, INTERLEAVED)
+    if ROTARY_DIM > 0:
+        dk_ND = _unrotated(dk_ND, position, place, len_k, cos, sin, cos_stride, sin_stride, INTERLEAVED)
     _store_rows(dk, stride, dk_ND, k_own, place, len_k, HEAD, D)
 
 
 @gluon.jit
-def _queries_of_group(
-    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+def _dq_consumer(
+    shared, HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
-    """What group 0 or 1 does: dq of 64 queries."""
+    """What consumer 0 or 1 does: dq of 64 queries."""
     (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, dq, stride,
+        lse, delta, cos, sin, cos_stride, sin_stride, position, dq, stride,
         own_smem, k_smem, v_smem, own_full, full, empty, own_place,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
@@ -157,7 +157,7 @@ def _queries_of_group(
     m_M = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
     lse_M = gl.load(lse + m_M, mask=m_M < len_q, other=0.0) * LOG2E
-    dot_M = gl.load(dots + m_M, mask=m_M < len_q, other=0.0)
+    delta_M = gl.load(delta + m_M, mask=m_M < len_q, other=0.0)
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     dq_MD = gl.zeros([GROUP, D], gl.float32, heads)
     mbarrier.wait(own_full, 0)
@@ -179,13 +179,13 @@ def _queries_of_group(
             seen_MN = _seen(m_M[:, None], (n + tile_N)[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_MN = gl.where(seen_MN, p_MN, 0.0)
         dp_MN = hopper.warpgroup_mma_wait(0, deps=(dweight,))
-        ds_MN = gl.convert_layout((p_MN * (dp_MN - dot_M[:, None]) * slope).to(dtype), weights)
+        ds_MN = gl.convert_layout((p_MN * (dp_MN - delta_M[:, None]) * slope).to(dtype), weights)
         dq_sum = hopper.warpgroup_mma(ds_MN, k_ND, dq_MD, is_async=True)
         dq_MD = hopper.warpgroup_mma_wait(0, deps=(dq_sum,))
         mbarrier.arrive(empty.index(stage))
     dq_MD = dq_MD * scale
-    if TURNED > 0:
-        dq_MD = _turned_back(dq_MD, position, place, len_q, cos, sin, cos_stride, sin_stride, INTERLEAVED)
+    if ROTARY_DIM > 0:
+        dq_MD = _unrotated(dq_MD, position, place, len_q, cos, sin, cos_stride, sin_stride, INTERLEAVED)
     _store_rows(dq, stride, dq_MD, q_own, place, len_q, HEAD, D)
 
 
@@ -206,10 +206,10 @@ def _ring(x, y, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _hopper_keys(
-    k, v, q, dout, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv, cu_q, cu_k,
-    blocks, S_q, S_k, H_kv, members, scale, softcap, left, right,
-    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+def _hopper_dkdv(
+    k, v, q, dout, lse, delta, cos, sin, cos_stride, sin_stride, position, position_stride_b, dk, dv, cu_q, cu_k,
+    blocks, S_q, S_k, H_kv, q_per_kv, scale, softcap, left, right,
+    HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -225,33 +225,33 @@ def _hopper_keys(
     at = ((b_64 * S_k + first_k) * H_kv + h_64) * HEAD
     dk += at
     dv += at
-    at = (b_64 * H_kv + h_64) * members * S_q + first_q
+    at = (b_64 * H_kv + h_64) * q_per_kv * S_q + first_q
     lse += at
-    dots += at
+    delta += at
     if position is not None:
         position += b_64 * position_stride_b + first_k
     own_smem = gl.allocate_shared_memory(k.dtype, [4, 1, GROUP, 1, D], k.layout)
     q_smem, dout_smem, own_full, full, empty = _ring(q, dout, STAGES)
     shared = (
-        lse, dots, S_q, cos, sin, cos_stride, sin_stride, position, dk, dv, H_kv * HEAD,
-        own_smem, q_smem, dout_smem, own_full, full, empty, place, members,
+        lse, delta, S_q, cos, sin, cos_stride, sin_stride, position, dk, dv, H_kv * HEAD,
+        own_smem, q_smem, dout_smem, own_full, full, empty, place, q_per_kv,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
     fetched = (
         k, v, q, dout, own_smem, q_smem, dout_smem, own_full, full, empty,
-        b, h, first_k + place, h * members, members, first_q + start, tiles,
+        b, h, first_k + place, h * q_per_kv, q_per_kv, first_q + start, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (
-                _keys_of_group,
-                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 0),
+                _dkdv_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 0),
             ),
             (
-                _keys_of_group,
-                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1),
+                _dkdv_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1),
             ),
-            (_fetch_pairs, (fetched, STAGES)),
+            (_backward_producer, (fetched, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -259,10 +259,10 @@ def _hopper_keys(
 
 
 @gluon.jit
-def _hopper_queries(
-    q, dout, k, v, lse, dots, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq, cu_q, cu_k,
-    blocks, S_q, S_k, H, members, scale, softcap, left, right,
-    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+def _hopper_dq(
+    q, dout, k, v, lse, delta, cos, sin, cos_stride, sin_stride, position, position_stride_b, dq, cu_q, cu_k,
+    blocks, S_q, S_k, H, q_per_kv, scale, softcap, left, right,
+    HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -278,32 +278,32 @@ def _hopper_queries(
     dq += ((b_64 * S_q + first_q) * H + h_64) * HEAD
     at = (b_64 * H + h_64) * S_q + first_q
     lse += at
-    dots += at
+    delta += at
     if position is not None:
         position += b_64 * position_stride_b + first_q
     own_smem = gl.allocate_shared_memory(q.dtype, [4, 1, GROUP, 1, D], q.layout)
     k_smem, v_smem, own_full, full, empty = _ring(k, v, STAGES)
     shared = (
-        lse, dots, cos, sin, cos_stride, sin_stride, position, dq, H * HEAD,
+        lse, delta, cos, sin, cos_stride, sin_stride, position, dq, H * HEAD,
         own_smem, k_smem, v_smem, own_full, full, empty, place,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
-    one = place * 0 + 1  # a number that is no constant, as `_fetch_pairs` has members that are none
+    one = place * 0 + 1  # a number that is no constant, as `_backward_producer` has q_per_kv that are none
     fetched = (
         q, dout, k, v, own_smem, k_smem, v_smem, own_full, full, empty,
-        b, h, first_q + place, h // members, one, first_k + start, tiles,
+        b, h, first_q + place, h // q_per_kv, one, first_k + start, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (
-                _queries_of_group,
-                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0),
+                _dq_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0),
             ),
             (
-                _queries_of_group,
-                (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1),
+                _dq_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1),
             ),
-            (_fetch_pairs, (fetched, STAGES)),
+            (_backward_producer, (fetched, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -47,8 +47,8 @@ def _span(
 
 
 @gluon.jit
-def _fetch(shared, BN: gl.constexpr, STAGES: gl.constexpr):
-    """What the fetching warp does."""
+def _forward_producer(shared, BN: gl.constexpr, STAGES: gl.constexpr):
+    """What the producer warp does."""
     k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h, first, tiles = shared
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
@@ -70,31 +70,31 @@ def _part(there_A, column_D, HEAD: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _turned(
+def _load_rotated(
     q, offset_M, there_M, position_M, cos, sin, cos_stride, sin_stride,
-    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr, layout: gl.constexpr,
+    HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """→ (M, D) heads at the offsets, turned; 0 where none is. An element's partner is fetched a second time, from the
+    """→ (M, D) heads at the offsets, rotated; 0 where none is. An element's partner is fetched a second time, from the
     cache."""
     column_D = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     x_MD = gl.load(q + offset_M[:, None] + column_D[None, :], mask=_part(there_M, column_D, HEAD, D), other=0.0)
-    if TURNED > 0:
+    if ROTARY_DIM > 0:
         if INTERLEAVED:
             first_D = column_D % 2 == 0
             pair_D = column_D // 2
             partner_D = gl.where(first_D, column_D + 1, column_D - 1)
         else:
-            first_D = column_D < TURNED // 2
-            pair_D = gl.where(first_D, column_D, column_D - TURNED // 2)
-            partner_D = gl.where(first_D, column_D + TURNED // 2, column_D - TURNED // 2)
-        turns_MD = there_M[:, None] & (column_D < TURNED)[None, :]
-        y_MD = gl.load(q + offset_M[:, None] + partner_D[None, :], mask=turns_MD, other=0.0).to(gl.float32)
+            first_D = column_D < ROTARY_DIM // 2
+            pair_D = gl.where(first_D, column_D, column_D - ROTARY_DIM // 2)
+            partner_D = gl.where(first_D, column_D + ROTARY_DIM // 2, column_D - ROTARY_DIM // 2)
+        rotates_MD = there_M[:, None] & (column_D < ROTARY_DIM)[None, :]
+        y_MD = gl.load(q + offset_M[:, None] + partner_D[None, :], mask=rotates_MD, other=0.0).to(gl.float32)
         at_M = position_M.to(gl.int64)
-        cos_MD = gl.load(cos + (at_M * cos_stride)[:, None] + pair_D[None, :], mask=turns_MD, other=1.0)
-        sin_MD = gl.load(sin + (at_M * sin_stride)[:, None] + pair_D[None, :], mask=turns_MD, other=0.0)
+        cos_MD = gl.load(cos + (at_M * cos_stride)[:, None] + pair_D[None, :], mask=rotates_MD, other=1.0)
+        sin_MD = gl.load(sin + (at_M * sin_stride)[:, None] + pair_D[None, :], mask=rotates_MD, other=0.0)
         y_MD = gl.where(first_D[None, :], -y_MD, y_MD)
-        turned_MD = x_MD.to(gl.float32) * cos_MD.to(gl.float32) + y_MD * sin_MD.to(gl.float32)
-        x_MD = turned_MD.to(x_MD.dtype)
+        rotated_MD = x_MD.to(gl.float32) * cos_MD.to(gl.float32) + y_MD * sin_MD.to(gl.float32)
+        x_MD = rotated_MD.to(x_MD.dtype)
     return x_MD
 
 
@@ -121,32 +121,32 @@ def _seen(m, n, len_q, len_k, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl
 
 
 @gluon.jit
-def _weights(
-    product_MN, most_M, total_M, m_M, n_N, masked, len_q, len_k, scale, softcap, left, right,
+def _softmax_step(
+    product_MN, row_max_M, row_sum_M, m_M, n_N, masked, len_q, len_k, scale, softcap, left, right,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """→ the tile's weights p, the largest score and the sum so far, and by what earlier sums shrink."""
+    """One tile of the online softmax → its weights p, the rows' new maximum and sum, the factor for earlier sums."""
     s_MN, _ = _scores(product_MN, scale, softcap, HAS_SOFTCAP)
     if masked:
         seen_MN = _seen(m_M[:, None], n_N[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
         s_MN = gl.where(seen_MN, s_MN, float("-inf"))
-    more_M = gl.maximum(most_M, gl.max(s_MN, 1))
-    base_M = gl.where(more_M == float("-inf"), 0.0, more_M)  # nothing seen yet
+    new_max_M = gl.maximum(row_max_M, gl.max(s_MN, 1))
+    base_M = gl.where(new_max_M == float("-inf"), 0.0, new_max_M)  # nothing seen yet
     p_MN = gl.exp2(s_MN - base_M[:, None])
-    shrink_M = gl.exp2(most_M - base_M)
-    return p_MN, more_M, total_M * shrink_M + gl.sum(p_MN, 1), shrink_M
+    rescale_M = gl.exp2(row_max_M - base_M)
+    return p_MN, new_max_M, row_sum_M * rescale_M + gl.sum(p_MN, 1), rescale_M
 
 
 @gluon.jit
-def _attend(
-    shared, HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+def _forward_consumer(
+    shared, HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
-    """What group 0 or 1 does: 64 queries from beginning to end."""
+    """What consumer 0 or 1 does: 64 queries from beginning to end."""
     (
-        q, q_stride, cos, sin, cos_stride, sin_stride, position, out, turned_q, out_stride, lse,
-        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
+        q, q_stride, cos, sin, cos_stride, sin_stride, position, out, rotated_q, out_stride, lse,
+        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, ping_pong,
         block, start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
@@ -160,23 +160,23 @@ def _attend(
     position_M = queries_M
     if position is not None:
         position_M = gl.load(position + queries_M, mask=there_M, other=0)
-    q_MD = _turned(
+    q_MD = _load_rotated(
         q, queries_M.to(gl.int64) * q_stride, there_M, position_M, cos, sin, cos_stride, sin_stride,
-        HEAD, D, TURNED, INTERLEAVED, rows,
+        HEAD, D, ROTARY_DIM, INTERLEAVED, rows,
     )  # fmt: skip
     column_D = gl.arange(0, D, layout=gl.SliceLayout(0, rows))
     at_MD = (queries_M.to(gl.int64) * out_stride)[:, None] + column_D[None, :]
     part_MD = _part(there_M, column_D, HEAD, D)
-    if turned_q is not None:
-        gl.store(turned_q + at_MD, q_MD, mask=part_MD)
+    if rotated_q is not None:
+        gl.store(rotated_q + at_MD, q_MD, mask=part_MD)
     q_own = q_smem.index(NUMBER)
     q_own.store(q_MD)
     hopper.fence_async_shared()
 
     m_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
-    most_M = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
-    total_M = gl.full([GROUP], 0.0, gl.float32, gl.SliceLayout(1, scores))
+    row_max_M = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
+    row_sum_M = gl.full([GROUP], 0.0, gl.float32, gl.SliceLayout(1, scores))
     out_MD = gl.zeros([GROUP, D], gl.float32, heads)
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     if tiles > 0:
@@ -187,8 +187,8 @@ def _attend(
         product_MN = hopper.warpgroup_mma_wait(0, deps=(issued,))
         mbarrier.arrive(k_empty.index(0))
         masked = (start < whole_start) | (start + BN > whole_end)
-        p_MN, most_M, total_M, shrink_M = _weights(
-            product_MN, most_M, total_M, m_M, start + tile_N, masked, len_q, len_k, scale, softcap, left, right,
+        p_MN, row_max_M, row_sum_M, rescale_M = _softmax_step(
+            product_MN, row_max_M, row_sum_M, m_M, start + tile_N, masked, len_q, len_k, scale, softcap, left, right,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
         )  # fmt: skip
         p_MN = gl.convert_layout(p_MN.to(dtype), weights)
@@ -196,25 +196,25 @@ def _attend(
             stage, phase = tile % STAGES, tile // STAGES & 1
             last_stage, last_phase = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
             mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.wait(turns.index(NUMBER), (tile - 1) & 1)
+            mbarrier.wait(ping_pong.index(NUMBER), (tile - 1) & 1)
             issued = hopper.warpgroup_mma(
                 q_own, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero_MN, use_acc=False, is_async=True
             )
             mbarrier.wait(v_full.index(last_stage), last_phase)
             adding = hopper.warpgroup_mma(p_MN, v_smem.index(last_stage).reshape([BN, D]), out_MD, is_async=True)
-            mbarrier.arrive(turns.index(1 - NUMBER))
+            mbarrier.arrive(ping_pong.index(1 - NUMBER))
             product_MN = hopper.warpgroup_mma_wait(1, deps=(issued,))
             mbarrier.arrive(k_empty.index(stage))
             n = start + tile * BN
             masked = (n < whole_start) | (n + BN > whole_end)
-            p_MN, most_M, total_M, shrink_M = _weights(
-                product_MN, most_M, total_M, m_M, n + tile_N, masked, len_q, len_k, scale, softcap, left, right,
+            p_MN, row_max_M, row_sum_M, rescale_M = _softmax_step(
+                product_MN, row_max_M, row_sum_M, m_M, n + tile_N, masked, len_q, len_k, scale, softcap, left, right,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
             )  # fmt: skip
             p_MN = gl.convert_layout(p_MN.to(dtype), weights)
             out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
             mbarrier.arrive(v_empty.index(last_stage))
-            out_MD = out_MD * gl.convert_layout(shrink_M, gl.SliceLayout(1, heads))[:, None]
+            out_MD = out_MD * gl.convert_layout(rescale_M, gl.SliceLayout(1, heads))[:, None]
         last_stage, last_phase = (tiles - 1) % STAGES, (tiles - 1) // STAGES & 1
         mbarrier.wait(v_full.index(last_stage), last_phase)
         if PACKED:
@@ -223,21 +223,21 @@ def _attend(
                 clear_behind(v_smem.index(last_stage).reshape([BN, D]), end)
         adding = hopper.warpgroup_mma(p_MN, v_smem.index(last_stage).reshape([BN, D]), out_MD, is_async=True)
         out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
-    empty_M = most_M == float("-inf")
-    total_M = gl.where(empty_M, 1.0, total_M)
-    out_MD = out_MD / gl.convert_layout(total_M, gl.SliceLayout(1, heads))[:, None]
+    empty_M = row_max_M == float("-inf")
+    row_sum_M = gl.where(empty_M, 1.0, row_sum_M)
+    out_MD = out_MD / gl.convert_layout(row_sum_M, gl.SliceLayout(1, heads))[:, None]
     q_own.store(out_MD.to(dtype))  # nobody reads the queries any more
     gl.store(out + at_MD, q_own.load(rows), mask=part_MD)
-    lse_M = gl.where(empty_M, float("-inf"), (most_M + gl.log2(total_M)) / LOG2E)
+    lse_M = gl.where(empty_M, float("-inf"), (row_max_M + gl.log2(row_sum_M)) / LOG2E)
     gl.store(lse + m_M, lse_M, mask=m_M < len_q)
 
 
 @gluon.jit
 def _hopper_forward(
     q, q_stride_b, q_stride_s, q_stride_h, k, v, cos, sin, cos_stride, sin_stride, position, position_stride_b,
-    out, turned_q, lse, cu_q, cu_k, blocks, S_q, S_k, H, members,
+    out, rotated_q, lse, cu_q, cu_k, blocks, S_q, S_k, H, q_per_kv,
     scale, softcap, left, right,
-    HEAD: gl.constexpr, D: gl.constexpr, TURNED: gl.constexpr, INTERLEAVED: gl.constexpr,
+    HEAD: gl.constexpr, D: gl.constexpr, ROTARY_DIM: gl.constexpr, INTERLEAVED: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     PACKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -256,35 +256,41 @@ def _hopper_forward(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ping_pong = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     for group in gl.static_range(2):
-        mbarrier.init(turns.index(group), count=1)
-    mbarrier.arrive(turns.index(0))
+        mbarrier.init(ping_pong.index(group), count=1)
+    mbarrier.arrive(ping_pong.index(0))
     b_64, h_64, row = b.to(gl.int64), h.to(gl.int64), first_q.to(gl.int64)  # what follows begins at the sequence
     q += b_64 * q_stride_b + row * q_stride_s + h_64 * q_stride_h
     at = ((b_64 * S_q + row) * H + h_64) * HEAD
     out += at
-    if turned_q is not None:
-        turned_q += at
+    if rotated_q is not None:
+        rotated_q += at
     lse += (b_64 * H + h_64) * S_q + row
     if position is not None:
         position += b_64 * position_stride_b + row
     shared = (
-        q, q_stride_s, cos, sin, cos_stride, sin_stride, position, out, turned_q, H * HEAD, lse,
-        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turns,
+        q, q_stride_s, cos, sin, cos_stride, sin_stride, position, out, rotated_q, H * HEAD, lse,
+        q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, ping_pong,
         block, start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
-    fetched = k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h // members, first_k + start, tiles
+    fetched = k, v, k_smem, v_smem, k_full, k_empty, v_full, v_empty, b, h // q_per_kv, first_k + start, tiles
     gl.warp_specialize(
         [
-            (_attend, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0)),
-            (_attend, (shared, HEAD, D, TURNED, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1)),
-            (_fetch, (fetched, BN, STAGES)),
+            (
+                _forward_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 0),
+            ),
+            (
+                _forward_consumer,
+                (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1),
+            ),
+            (_forward_producer, (fetched, BN, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -78,7 +78,7 @@ def rope_attention(
     """softmax(scale · R(q) R(k)ᵀ + mask) v, with R the rotation by position; without cos, plain attention.
 
     q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, any strides →
-    (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` turns elements
+    (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` rotates elements
     (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in its own sequence, in q and in k, or
     what `position_ids` (B or 1, S) or (S,) says; on a GPU positions beyond the table are not noticed.
 
@@ -366,7 +366,7 @@ def _attention(
     keep: bool,
     hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ out, lse, and the turned queries and keys: without a table, or (queries) unless `keep`, with no element."""
+    """→ out, lse, and the rotated queries and keys: without a table, or (queries) unless `keep`, with no element."""
     from ava_kernels.attention import kernels  # triton is not installed everywhere
 
     if cu_q is not None and cu_k is not None and q.is_cpu:
@@ -433,11 +433,11 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cos, sin, position, cu_q, cu_k, *shape, _, hopper = inputs
-    out, lse, turned_q, turned_k = output
+    out, lse, rotated_q, rotated_k = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(turned_q, turned_k)
+    ctx.mark_non_differentiable(rotated_q, rotated_k)
     if cos is not None:
-        q, k = turned_q, turned_k
+        q, k = rotated_q, rotated_k
     ctx.save_for_backward(q, k, v, out, lse, cos, sin, position, cu_q, cu_k)
     ctx.options = *shape, hopper
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from ava_kernels import tiles
 
 SHIPPED = Path(__file__).with_name("tiles.json")
-KERNELS = ("forward", "keys", "queries")
+KERNELS = ("forward", "dkdv", "dq")
 ORDERED = ("triton", "hopper", "sdpa")
-HOPPER = ("hopper_forward", "hopper_keys", "hopper_queries")
+HOPPER = ("hopper_forward", "hopper_dkdv", "hopper_dq")
 
 
 class Tile(NamedTuple):

@@ -1,8 +1,8 @@
-"""The experts' products for Hopper in Gluon, by warps that specialise, in the place of those of `kernels.py`.
+"""The experts' grouped GEMMs for Hopper in Gluon, warp-specialised, in the place of those of `kernels.py`.
 
-Two groups of four warps multiply 64 rows each and finish their tile; a third fetches what they multiply next into a
-ring of stages, across the ends of tiles: weights and rows that lie side by side by TMA, rows that are named by token by
-asynchronous copies, whose indices are in registers before a tile begins. A group has one product under way while it
+Two consumer warp groups multiply 64 rows each and run the epilogue of their tile; producer warps load what they
+multiply next into a ring of stages, across the ends of tiles: weights and contiguous rows by TMA, rows that are named
+by token by cp.async, whose indices are in registers before a tile begins. A consumer has one wgmma in flight while it
 issues the next. Tiles, their order and every formula are those of `kernels.py`.
 
 Not run on a GPU yet, so taken only where `backend="hopper"` asks for it or a table of what was measured has it first
@@ -24,11 +24,11 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ava_kernels.experts import hopper_kernels, hopper_weights
+from ava_kernels.experts import hopper_kernels, hopper_weight_grad
 from ava_kernels.experts.reference import GATED
 from ava_kernels.hopper import GROUP, runs_on
 
-__all__ = ["back", "rows", "runs_on", "takes", "up", "weights"]
+__all__ = ["down_backward", "grouped_mm", "runs_on", "takes", "up", "weight_grad"]
 OWN, COLUMNS, DEPTH = GROUP.value, hopper_kernels.COLUMNS.value, hopper_kernels.DEPTH.value
 STAGES = {1: 6, 2: 4}  # by halves of columns: as many as shared memory has room for
 REGISTERS = 168  # of a thread, before groups share them out
@@ -40,7 +40,7 @@ def takes(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def rows(x: Tensor, w: Tensor, ends: Tensor, out: Tensor) -> bool:
+def grouped_mm(x: Tensor, w: Tensor, ends: Tensor, out: Tensor) -> bool:
     """out (N, P) = each expert's rows of x (N, L) times its w (E, L, P), or False, and nothing is done."""
     right = _right(w)
     if right is None or not _is_aligned(x) or out.shape[1] % UNIT:
@@ -49,7 +49,7 @@ def rows(x: Tensor, w: Tensor, ends: Tensor, out: Tensor) -> bool:
     left = TensorDescriptor(x, list(x.shape), list(x.stride()), tile, _layout(tile, x.dtype))
     (E, L, P), columns = w.shape, triton.cdiv(w.shape[2], 2 * COLUMNS)
     programs = _programs(x, E, columns)
-    hopper_kernels._hopper_rows[(programs,)](
+    hopper_kernels._hopper_grouped_mm[(programs,)](
         left, right[0], ends, out, E, L, P, programs, UNIT=UNIT, **_constants(2, right[1])
     )
     return True
@@ -83,7 +83,7 @@ def up(x: Tensor, gate_up: Tensor, token: Tensor, ends: Tensor, h: Tensor, a: Te
     return True
 
 
-def back(
+def down_backward(
     dout: Tensor,
     down: Tensor,
     h: Tensor,
@@ -105,7 +105,7 @@ def back(
     N, columns = len(token), triton.cdiv(I, COLUMNS)
     parts = dout.new_empty(columns, N, dtype=torch.float32) if needs_weight else None
     programs = _programs(h, E, columns)
-    hopper_kernels._hopper_back[(programs,)](
+    hopper_kernels._hopper_down_backward[(programs,)](
         dout,
         dout.stride(0),
         right[0],
@@ -130,7 +130,9 @@ def back(
     return True, parts
 
 
-def weights(x: Tensor, x_token: Tensor | None, y: Tensor, y_token: Tensor | None, ends: Tensor, out: Tensor) -> bool:
+def weight_grad(
+    x: Tensor, x_token: Tensor | None, y: Tensor, y_token: Tensor | None, ends: Tensor, out: Tensor
+) -> bool:
     """out (E, M, P) = Σ over an expert's rows of x (·, M)ᵀ · y (·, P), the rows of one of them named by token (N,); or
     False, and nothing is done."""
     gathered, token, other = (x, x_token, y) if x_token is not None else (y, y_token, x)
@@ -142,7 +144,7 @@ def weights(x: Tensor, x_token: Tensor | None, y: Tensor, y_token: Tensor | None
     descriptor = TensorDescriptor(other, list(other.shape), list(other.stride()), tile, _layout(tile, other.dtype))
     tiles = E * triton.cdiv(M, 2 * OWN) * triton.cdiv(P, 2 * COLUMNS)
     programs = min(_processors(out.device), tiles)
-    hopper_weights._hopper_weights[(programs,)](
+    hopper_weight_grad._hopper_weight_grad[(programs,)](
         gathered,
         gathered.stride(0),
         token,

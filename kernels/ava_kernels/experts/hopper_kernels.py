@@ -1,10 +1,10 @@
 """The experts' products for Hopper: the kernels that `hopper.py` launches; see there.
 
-A tile is 128 rows of one expert and two times 128 columns, in `_hopper_back` once. Every program goes through its share
-of all experts' tiles; so do each of its groups of warps, which meet at a ring of stages: what is multiplied next is
-fetched while the last products run, across the ends of tiles.
+A tile is 128 rows of one expert and two times 128 columns, in `_hopper_down_backward` once. The kernels are persistent:
+every program goes through its share of all experts' tiles. So do each of its warp groups, which meet at a ring of
+stages: what is multiplied next is loaded while the last products run, across the ends of tiles.
 
-Shape suffixes: B rows of a group of warps, C columns, L what is multiplied and added at a time.
+Shape suffixes: B rows of a consumer, C columns, L what is multiplied and added at a time.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ava_kernels.hopper import GROUP, fetch
 
 COLUMNS: gl.constexpr = gl.constexpr(128)  # of one accumulator
 DEPTH: gl.constexpr = gl.constexpr(64)  # what is multiplied and added at a time
-TURNS: gl.constexpr = gl.constexpr(8)  # tiles of rows that take turns at a tile of columns
+SWIZZLE: gl.constexpr = gl.constexpr(8)  # tiles of rows that go through the columns together
 
 
 @gluon.jit
-def _next_turn(turn, tiles, programs):
+def _next_share(next_tile, tiles, programs):
     """→ the first tile of the next expert that is this program's, which has had its share of `tiles`."""
-    return (turn + programs - tiles % programs) % programs
+    return (next_tile + programs - tiles % programs) % programs
 
 
 @gluon.jit
-def _in_turn(tile, rows, columns):
-    """→ row and column of a tile, when TURNS rows of tiles take turns at each column."""
-    group = tile // (TURNS * columns)
-    height = gl.minimum(rows - group * TURNS, TURNS)
-    within = tile - group * TURNS * columns
-    return group * TURNS + within % height, within // height
+def _swizzle(tile, rows, columns):
+    """→ row and column of a tile, when SWIZZLE tiles of rows go through the columns together."""
+    group = tile // (SWIZZLE * columns)
+    height = gl.minimum(rows - group * SWIZZLE, SWIZZLE)
+    within = tile - group * SWIZZLE * columns
+    return group * SWIZZLE + within % height, within // height
 
 
 @gluon.jit
@@ -50,16 +50,16 @@ def _fetch_weights(w, w_smem, stage, full, expert, at, column, second, WIDE: gl.
 
 
 @gluon.jit
-def _fetch_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr):
-    """What the fetching warp does where rows lie in their experts' order."""
+def _producer(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr):
+    """What the producer warp does where rows lie in their experts' order."""
     x, w, x_smem, w_smem, full, empty, ends, E, L, columns, width, second, programs = shared
-    turn = gl.program_id(0)
-    start, step = turn * 0, turn * 0
+    next_tile = gl.program_id(0)
+    start, step = next_tile * 0, next_tile * 0
     for expert in range(E):
         end = gl.load(ends + expert)
         rows = gl.cdiv(end - start, 2 * GROUP)
-        for tile in range(turn, rows * columns, programs):
-            row, column = _in_turn(tile, rows, columns)
+        for tile in range(next_tile, rows * columns, programs):
+            row, column = _swizzle(tile, rows, columns)
             for at in range(0, L, DEPTH):
                 stage, phase = step % STAGES, step // STAGES & 1
                 mbarrier.wait(empty.index(stage), phase ^ 1)
@@ -69,27 +69,27 @@ def _fetch_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.con
                     fetch(x, place, full.index(stage), x_smem.index(2 * stage + group))
                 _fetch_weights(w, w_smem, stage, full, expert, at, column * width, second, WIDE, HALVES)
                 step += 1
-        turn = _next_turn(turn, rows * columns, programs)
+        next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
 
 
 @gluon.jit
-def _gather_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
-    """What the fetching warps do where rows are named by token: these come by asynchronous copies, which their stage
+def _gather_producer(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
+    """What the producer warps do where rows are named by token: these come by asynchronous copies, which their stage
     is told of a few steps later, when they have landed."""
     x, x_stride, token, w, x_smem, w_smem, full, empty, ends, E, L, columns, width, second, programs = shared
     late: gl.constexpr = STAGES - 2  # the groups still read the stage before the one that they wait for
     rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x_stride, L = x_stride // UNIT * UNIT, L // UNIT * UNIT  # so that the compiler sees it
-    turn = gl.program_id(0)
-    start, step = turn * 0, turn * 0
+    next_tile = gl.program_id(0)
+    start, step = next_tile * 0, next_tile * 0
     row_B = gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows_of))
     at_L = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, rows_of))
     for expert in range(E):
         end = gl.load(ends + expert)
         rows = gl.cdiv(end - start, 2 * GROUP)
-        for tile in range(turn, rows * columns, programs):
-            row, column = _in_turn(tile, rows, columns)
+        for tile in range(next_tile, rows * columns, programs):
+            row, column = _swizzle(tile, rows, columns)
             first = start + row * (2 * GROUP)
             # Rows behind the last repeat it: their results are not stored.
             token_B = gl.load(token + gl.minimum(first + row_B, end - 1)).to(gl.int64)
@@ -110,7 +110,7 @@ def _gather_rows(shared, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.co
                 if step >= late:
                     mbarrier.arrive(full.index((step - late) % STAGES))
                 step += 1
-        turn = _next_turn(turn, rows * columns, programs)
+        next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
     async_copy.wait_group(0)
     hopper.fence_async_shared()
@@ -123,7 +123,7 @@ def _multiply(
     x_smem, w_smem, full, empty, step, L, WIDE: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
     NUMBER: gl.constexpr,
 ):  # fmt: skip
-    """What group 0 or 1 does of a tile's products → its rows (B, 128) times each half of the columns, float32."""
+    """What consumer 0 or 1 does of a tile's products → its rows (B, 128) times each half of the columns, float32."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     first_BC = gl.zeros([GROUP, COLUMNS], gl.float32, layout)
     second_BC = gl.zeros([GROUP, COLUMNS], gl.float32, layout)
@@ -201,18 +201,18 @@ def _activate(gate, up, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of_group(shared, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, NUMBER: gl.constexpr):
+def _grouped_mm_consumer(shared, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, NUMBER: gl.constexpr):
     x_smem, w_smem, out_smem, full, empty, ends, out, E, L, P, columns, programs = shared
     dtype: gl.constexpr = out.dtype.element_ty
     own = out_smem.index(NUMBER)
     C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
-    turn = gl.program_id(0)
-    start, step = turn * 0, turn * 0
+    next_tile = gl.program_id(0)
+    start, step = next_tile * 0, next_tile * 0
     for expert in range(E):
         end = gl.load(ends + expert)
         rows = gl.cdiv(end - start, 2 * GROUP)
-        for tile in range(turn, rows * columns, programs):
-            row, column = _in_turn(tile, rows, columns)
+        for tile in range(next_tile, rows * columns, programs):
+            row, column = _swizzle(tile, rows, columns)
             first_BC, second_BC, step = _multiply(x_smem, w_smem, full, empty, step, L, WIDE, 2, STAGES, NUMBER)
             row = start + (2 * row + NUMBER) * GROUP
             column = column * (2 * COLUMNS)
@@ -223,12 +223,12 @@ def _rows_of_group(shared, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.co
                 at_BC, here_BC = _place(row, end, column + C, P, P, UNIT, C)
                 _store(out, right_BC.to(dtype), own, at_BC, here_BC)
                 first_BC, column = second_BC, column + COLUMNS
-        turn = _next_turn(turn, rows * columns, programs)
+        next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
 
 
 @gluon.jit
-def _up_of_group(
+def _up_consumer(
     shared, ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
     NUMBER: gl.constexpr,
 ):  # fmt: skip
@@ -236,13 +236,13 @@ def _up_of_group(
     dtype: gl.constexpr = h.dtype.element_ty
     own = out_smem.index(NUMBER)
     C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
-    turn = gl.program_id(0)
-    start, step = turn * 0, turn * 0
+    next_tile = gl.program_id(0)
+    start, step = next_tile * 0, next_tile * 0
     for expert in range(E):
         end = gl.load(ends + expert)
         rows = gl.cdiv(end - start, 2 * GROUP)
-        for tile in range(turn, rows * columns, programs):
-            row, column = _in_turn(tile, rows, columns)
+        for tile in range(next_tile, rows * columns, programs):
+            row, column = _swizzle(tile, rows, columns)
             gate, up, step = _multiply(x_smem, w_smem, full, empty, step, M, WIDE, 2, STAGES, NUMBER)
             row = start + (2 * row + NUMBER) * GROUP
             column = column * COLUMNS
@@ -258,7 +258,7 @@ def _up_of_group(
                 at_BC, here_BC = _place(row, end, column + part * C, I, I, UNIT, C)
                 _store(a, a_BC.to(dtype), own, at_BC, here_BC)
                 gate_BC, up_BC = gate_BC2, up_BC2
-        turn = _next_turn(turn, rows * columns, programs)
+        next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
 
 
@@ -270,7 +270,7 @@ def _loaded(ptr, smem, at_BC, here_BC, layout: gl.constexpr):
 
 
 @gluon.jit
-def _back_of_group(
+def _down_backward_consumer(
     shared, K: gl.constexpr, ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr,
     UNIT: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
@@ -281,13 +281,13 @@ def _back_of_group(
     dtype: gl.constexpr = h.dtype.element_ty
     own = out_smem.index(NUMBER)
     C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
-    turn = gl.program_id(0)
-    start, step = turn * 0, turn * 0
+    next_tile = gl.program_id(0)
+    start, step = next_tile * 0, next_tile * 0
     for expert in range(E):
         end = gl.load(ends + expert)
         rows = gl.cdiv(end - start, 2 * GROUP)
-        for tile in range(turn, rows * columns, programs):
-            row, column = _in_turn(tile, rows, columns)
+        for tile in range(next_tile, rows * columns, programs):
+            row, column = _swizzle(tile, rows, columns)
             da, _, step = _multiply(x_smem, w_smem, full, empty, step, M, WIDE, 1, STAGES, NUMBER)
             row = start + (2 * row + NUMBER) * GROUP
             half_BC, half_BC2 = _halves(da)  # before the token's weight
@@ -318,7 +318,7 @@ def _back_of_group(
                     da_BC, da_BC2 = _halves(half_BC2)
             if parts is not None:
                 gl.store(parts + column.to(gl.int64) * N + row_B, part_B, mask=row_B < end)
-        turn = _next_turn(turn, rows * columns, programs)
+        next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
 
 
@@ -347,7 +347,9 @@ def _ring(dtype: gl.constexpr, w, HALVES: gl.constexpr, STAGES: gl.constexpr, AR
 
 
 @gluon.jit
-def _hopper_rows(x, w, ends, out, E, L, P, programs, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
+def _hopper_grouped_mm(
+    x, w, ends, out, E, L, P, programs, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr
+):
     dtype: gl.constexpr = out.dtype.element_ty
     x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 2, STAGES, 1)
     columns = gl.cdiv(P, 2 * COLUMNS)
@@ -356,9 +358,9 @@ def _hopper_rows(x, w, ends, out, E, L, P, programs, WIDE: gl.constexpr, STAGES:
     shared = x_smem, w_smem, out_smem, full, empty, ends, out, E, L, P, columns, programs
     gl.warp_specialize(
         [
-            (_rows_of_group, (shared, WIDE, STAGES, UNIT, 0)),
-            (_rows_of_group, (shared, WIDE, STAGES, UNIT, 1)),
-            (_fetch_rows, (fetched, WIDE, 2, STAGES)),
+            (_grouped_mm_consumer, (shared, WIDE, STAGES, UNIT, 0)),
+            (_grouped_mm_consumer, (shared, WIDE, STAGES, UNIT, 1)),
+            (_producer, (fetched, WIDE, 2, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -378,9 +380,9 @@ def _hopper_up(
     shared = x_smem, w_smem, out_smem, full, empty, ends, h, a, E, M, I, columns, programs
     gl.warp_specialize(
         [
-            (_up_of_group, (shared, ACTIVATION, WIDE, STAGES, UNIT, 0)),
-            (_up_of_group, (shared, ACTIVATION, WIDE, STAGES, UNIT, 1)),
-            (_gather_rows, (fetched, WIDE, 2, STAGES, UNIT)),
+            (_up_consumer, (shared, ACTIVATION, WIDE, STAGES, UNIT, 0)),
+            (_up_consumer, (shared, ACTIVATION, WIDE, STAGES, UNIT, 1)),
+            (_gather_producer, (fetched, WIDE, 2, STAGES, UNIT)),
         ],
         [4, 4],
         [208, 88],
@@ -388,7 +390,7 @@ def _hopper_up(
 
 
 @gluon.jit
-def _hopper_back(
+def _hopper_down_backward(
     dout, dout_stride, w, h, weight, token, slot, ends, dh, weighted_a, parts, E, M, I, N, programs,
     K: gl.constexpr, ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
@@ -403,9 +405,9 @@ def _hopper_back(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_back_of_group, (shared, K, ACTIVATION, WIDE, STAGES, UNIT, 0)),
-            (_back_of_group, (shared, K, ACTIVATION, WIDE, STAGES, UNIT, 1)),
-            (_gather_rows, (fetched, WIDE, 1, STAGES, UNIT)),
+            (_down_backward_consumer, (shared, K, ACTIVATION, WIDE, STAGES, UNIT, 0)),
+            (_down_backward_consumer, (shared, K, ACTIVATION, WIDE, STAGES, UNIT, 1)),
+            (_gather_producer, (fetched, WIDE, 1, STAGES, UNIT)),
         ],
         [4, 4],
         [208, 88],

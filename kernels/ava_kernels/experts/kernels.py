@@ -1,21 +1,20 @@
-"""The experts' products in Triton: four launches forward, seven backward make the MLP, and none depends on data.
+"""The experts' grouped GEMMs in Triton: four launches forward, seven backward make the MLP, and none depends on data.
 
-    _up       forward   h = x_t · W1_e, its rows gathered by token; a = activation(h)
-    _rows     forward   y = a · W2_e; backward the same for dx, before a token's rows are added up
-    _back     backward  da = dout_t · W2_eᵀ, gathered by token, and from it dh, weight · a and d weight
-    _weights  backward  dW1 and dW2, the rows of one side gathered by token
-    _invert   both      where each pair's row is, for adding up its token's rows (`row_kernels.py`)
-    _add_parts          d weight from the parts that the tiles of `_back` made of it
+    _up             forward   h = x_t · W1_e, its rows gathered by token; a = activation(h) in the epilogue
+    _grouped_mm     forward   y = a · W2_e; backward the same for dx, before a token's rows are added up
+    _down_backward  backward  da = dout_t · W2_eᵀ, gathered by token; the epilogue makes dh, weight · a and d weight
+    _weight_grad    backward  dW1 and dW2, the rows of one side gathered by token
+    _invert         both      where each pair's row is, for adding up its token's rows (`row_kernels.py`)
+    _add_parts      backward  d weight from the parts that the tiles of `_down_backward` made of it
 
-What an expert holds are its rows ends[e-1] … ends[e]-1, cut into tiles of BM rows; the last one is masked, and nothing
-is padded in memory. Every program goes through the tiles of all experts in steps of the number of programs, so that
-the grid needs to know nothing of how the tokens fell. Within an expert, G tiles of rows take turns at each tile of
-columns: what they share stays in the second-level cache.
+An expert's rows are ends[e-1] … ends[e]-1, cut into tiles of BM rows; the last one is masked, and nothing is padded in
+memory. The kernels are persistent: every program goes through the tiles of all experts in steps of the number of
+programs, so the grid does not depend on how the tokens fell. Within an expert the tiles are swizzled: G tiles of rows
+go through the columns together, so that what they share stays in the L2 cache.
 
-Where the device has tensor memory accelerators (sm_90 and later), weights and rows that lie side by side are fetched
-through descriptors, if `_descriptor` can make one of them; gathered rows come by asynchronous copies on every device.
-Offsets are 64 bits wide; numbers of rows, tiles and columns fit into 32. Products are accumulated in float32, every sum
-has a fixed order.
+On sm_90 and later, weights and contiguous rows are loaded by TMA, if `_descriptor` can make a descriptor of them;
+gathered rows are loaded by cp.async on every device. Offsets are 64 bits wide; numbers of rows, tiles and columns fit
+into 32. Products are accumulated in float32, every sum has a fixed order.
 
 Shape suffixes: B rows of a tile, C its columns, L what is multiplied and added at a time, E experts, padded to a power
 of two.
@@ -64,8 +63,8 @@ def forward(
     x = _with_whole_rows(x)
     h, a = x.new_empty(N, H), x.new_empty(N, I)
     if not (on_hopper and _for_hopper().up(x, gate_up, token, ends, h, a, activation)):
-        _up_product(x, gate_up, token, ends, h, a, activation)
-    y = _rows_product(a, down.mT, ends, tile_for("rows", x, E, M, I), on_hopper=on_hopper)
+        _launch_up(x, gate_up, token, ends, h, a, activation)
+    y = _launch_grouped_mm(a, down.mT, ends, tile_for("grouped_mm", x, E, M, I), on_hopper=on_hopper)
     return row_kernels.sum_rows(y, _row_of_pair(token, slot, ends, weight.shape), weight), h
 
 
@@ -75,7 +74,7 @@ def _for_hopper() -> ModuleType:
     return hopper
 
 
-def _up_product(x: Tensor, gate_up: Tensor, token: Tensor, ends: Tensor, h: Tensor, a: Tensor, activation: str) -> None:
+def _launch_up(x: Tensor, gate_up: Tensor, token: Tensor, ends: Tensor, h: Tensor, a: Tensor, activation: str) -> None:
     """h (N, H) and a (N, I), of rows of x (T, M)."""
     (E, _, M), (N, I) = gate_up.shape, a.shape
     t = tile_for("up", x, E, M, I)
@@ -124,20 +123,20 @@ def backward(
     dh = x.new_empty(N, H)
     weighted_a = x.new_empty(N, I) if needs_down else None
     product = dout, down, h, weight, token, slot, ends, dh, weighted_a, needs_weight, activation
-    done, parts = _for_hopper().back(*product) if on_hopper else (False, None)
+    done, parts = _for_hopper().down_backward(*product) if on_hopper else (False, None)
     if not done:
-        parts = _back_product(*product)
+        parts = _launch_down_backward(*product)
     row = _row_of_pair(token, slot, ends, weight.shape)
-    t = tile_for("weights", x, E, M, I)
+    t = tile_for("weight_grad", x, E, M, I)
     if weighted_a is not None:
         ddown = torch.empty_like(down) if down_sum is None else down_sum
-        _weights_product(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t, on_hopper)
+        _launch_weight_grad(dout, token, weighted_a, None, ends, ddown, down_sum is not None, t, on_hopper)
         del weighted_a, product  # what follows may have its memory
     if needs_gate_up:
         dgate_up = torch.empty_like(gate_up) if gate_up_sum is None else gate_up_sum
-        _weights_product(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t, on_hopper)
+        _launch_weight_grad(dh, None, x, token, ends, dgate_up, gate_up_sum is not None, t, on_hopper)
     if needs_x:
-        dx_rows = _rows_product(dh, gate_up, ends, tile_for("rows", x, E, M, I), on_hopper=on_hopper)
+        dx_rows = _launch_grouped_mm(dh, gate_up, ends, tile_for("grouped_mm", x, E, M, I), on_hopper=on_hopper)
         dx = row_kernels.sum_rows(dx_rows, row, None)
     if parts is not None:
         dweight = torch.empty_like(weight)
@@ -145,7 +144,7 @@ def backward(
     return dx, dgate_up, ddown, dweight
 
 
-def _back_product(
+def _launch_down_backward(
     dout: Tensor,
     down: Tensor,
     h: Tensor,
@@ -160,10 +159,10 @@ def _back_product(
 ) -> Tensor | None:
     """dh (N, H) and weighted_a (N, I), of rows of dout (T, M) → the parts (·, N) of weight's gradient, float32."""
     (E, M, I), N = down.shape, len(token)
-    t = tile_for("back", dout, E, M, I)
+    t = tile_for("down_backward", dout, E, M, I)
     w, w_strides, W = _right(down, t.BN, t.BK)
     parts = dout.new_empty(triton.cdiv(I, t.BN), N, dtype=torch.float32) if needs_weight else None
-    _back[_grid(t, dout.device, N, E, I)](
+    _down_backward[_grid(t, dout.device, N, E, I)](
         dout,
         dout.stride(0),
         w,
@@ -194,23 +193,23 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """`reference.grouped_mm` on the device, without waiting for it. Rows of no expert are 0."""
     E = len(ends)
     if w.dim() == 3:
-        return _rows_product(x, w, ends, tile_for("rows", x, E, w.shape[2], w.shape[1]), zero_the_rest=True)
+        return _launch_grouped_mm(x, w, ends, tile_for("grouped_mm", x, E, w.shape[2], w.shape[1]), zero_the_rest=True)
     out = x.new_empty(E, x.shape[0], w.shape[1])
-    _weights_product(x.mT, None, w, None, ends, out, False, tile_for("weights", x, E, x.shape[0], w.shape[1]))
+    _launch_weight_grad(x.mT, None, w, None, ends, out, False, tile_for("weight_grad", x, E, x.shape[0], w.shape[1]))
     return out
 
 
-def _rows_product(
+def _launch_grouped_mm(
     x: Tensor, w: Tensor, ends: Tensor, t: Tile, zero_the_rest: bool = False, on_hopper: bool = False
 ) -> Tensor:
     """x (N, L), w (E, L, P) → (N, P): each expert's rows times its weight; the rows of no expert are not written."""
     (N, L), (E, _, P) = x.shape, w.shape
     out = x.new_empty(N, P)
-    if on_hopper and _for_hopper().rows(x, w, ends, out):
+    if on_hopper and _for_hopper().grouped_mm(x, w, ends, out):
         return out
     left, X = _left(x, t.BM, t.BK)
     w, w_strides, W = _right(w, t.BN, t.BK)
-    _rows[_grid(t, x.device, N, E + 1, P)](
+    _grouped_mm[_grid(t, x.device, N, E + 1, P)](
         left,
         *x.stride(),
         w,
@@ -230,7 +229,7 @@ def _rows_product(
     return out
 
 
-def _weights_product(
+def _launch_weight_grad(
     x: Tensor,
     x_token: Tensor | None,
     y: Tensor,
@@ -245,7 +244,7 @@ def _weights_product(
     are named by token (N,)."""
     if out.stride(1) == 1 < out.stride(2):  # transposed: so is what is computed, that what is stored lies side by side
         out, x, x_token, y, y_token = out.mT, y, y_token, x, x_token
-    if on_hopper and not accumulate and _for_hopper().weights(x, x_token, y, y_token, ends, out):
+    if on_hopper and not accumulate and _for_hopper().weight_grad(x, x_token, y, y_token, ends, out):
         return
     E, M, P = out.shape
     tiles = E * triton.cdiv(M, t.BM) * triton.cdiv(P, t.BN)
@@ -253,7 +252,7 @@ def _weights_product(
     del constants["EXPERTS"]
     left, X = _left(x, t.BK, t.BM) if x_token is None else (x, POINTERS.value)
     right, Y = _left(y, t.BK, t.BN) if y_token is None else (y, POINTERS)
-    _weights[(min(tiles, t.programs * _processors(x.device)),)](
+    _weight_grad[(min(tiles, t.programs * _processors(x.device)),)](
         left,
         *x.stride(),
         x_token,
@@ -382,13 +381,13 @@ def _find(tile, ends_ptr, tiles_E, until_E, columns, EXPERTS: tl.constexpr, BM: 
     before = tl.max(tl.where(over_E, until_E, 0), axis=0)
     tiles = tl.sum(tl.where(tl.arange(0, EXPERTS) == expert, tiles_E, 0), axis=0)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    row, column = _in_turn(tile - before * columns, tiles, columns, G)
+    row, column = _swizzle(tile - before * columns, tiles, columns, G)
     return expert, start + row * BM, tl.load(ends_ptr + expert), column
 
 
 @triton.jit
-def _in_turn(tile, rows, columns, G: tl.constexpr):
-    """→ row and column of a tile, when G rows of tiles take turns at each column."""
+def _swizzle(tile, rows, columns, G: tl.constexpr):
+    """→ row and column of a tile, when G tiles of rows go through the columns together."""
     group = tile // (G * columns)
     height = tl.minimum(rows - group * G, G)
     within = tile - group * G * columns
@@ -518,7 +517,7 @@ def _up(
 
 
 @triton.jit
-def _rows(
+def _grouped_mm(
     x, x_stride_n, x_stride_l, w, w_stride_e, w_stride_l, w_stride_p, ends_ptr, out_ptr, E, L, P, N,
     X: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, ZERO_THE_REST: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
@@ -563,7 +562,7 @@ def _part_of_h(h_ptr, row_B, end, column, I, GATED: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
-def _back(
+def _down_backward(
     dout, dout_stride, w, w_stride_e, w_stride_l, w_stride_p, h_ptr, weight_ptr, token_ptr, slot_ptr, ends_ptr,
     dh_ptr, weighted_a_ptr, parts_ptr, E, M, I, N, K: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -647,7 +646,7 @@ def _rows_of_a_sum(
 
 
 @triton.jit
-def _weights(
+def _weight_grad(
     x, x_stride_n, x_stride_m, x_token_ptr, y, y_stride_n, y_stride_p, y_token_ptr, ends_ptr,
     out_ptr, out_stride_e, out_stride_m, out_stride_p, E, M, P,
     X: tl.constexpr, Y: tl.constexpr, WHOLE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -659,7 +658,7 @@ def _weights(
     rows, columns = tl.cdiv(M, BM), tl.cdiv(P, BN)
     for tile in range(tl.program_id(0), E * rows * columns, tl.num_programs(0)):
         expert = tile // (rows * columns)
-        row, column = _in_turn(tile - expert * rows * columns, rows, columns, G)
+        row, column = _swizzle(tile - expert * rows * columns, rows, columns, G)
         m, p = row * BM, column * BN
         start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends_ptr + expert)

@@ -22,17 +22,17 @@ from torch import Tensor
 from ava_kernels import tiles
 
 SHIPPED = Path(__file__).with_name("tiles.json")
-KERNELS = ("up", "rows", "back", "weights")
+KERNELS = ("up", "grouped_mm", "down_backward", "weight_grad")
 ORDERED = ("triton", "hopper")
 
 
 class Tile(NamedTuple):
-    BM: int  # rows: of the experts' tokens, of a weight's gradient in `weights`
+    BM: int  # rows: of the experts' tokens, of a weight's gradient in `weight_grad`
     BN: int  # columns; with a gated activation a tile of `up` has as many again
     BK: int  # what is multiplied and added at a time
     warps: int
     stages: int  # operands in flight
-    G: int  # tiles of rows that take turns at a tile of columns
+    G: int  # tiles of rows that go through the columns together
     programs: int  # most that are resident on a processor
 
 

@@ -1,6 +1,6 @@
 """The rotation in Triton: one launch, which reads and writes every element once.
 
-A program turns a block of heads' rows; a row is one head of one token. In a head the pairs that turn are its first and
+A program rotates a block of heads' rows; a row is one head of one token. In a head the rotated pairs are its first and
 second half, or interleaved its even and odd elements.
 
 Shape suffixes: R rows of a block, P pairs.
@@ -80,11 +80,11 @@ def _rotate(
         there_RC = there_R[:, None] & (column_C < 2 * pairs)[None, :]
         x_RC = tl.load(x_R[:, None] + column_C[None, :] * x_stride_d, mask=there_RC, other=0.0).to(tl.float32)
         first_RP, second_RP = tl.split(tl.reshape(x_RC, (R, P, 2)))
-        turned_RC = tl.reshape(
+        rotated_RC = tl.reshape(
             tl.join(first_RP * cos_RP - second_RP * sin_RP, second_RP * cos_RP + first_RP * sin_RP), (R, 2 * P)
         )
-        turned_RC = turned_RC.to(out_ptr.dtype.element_ty)
-        tl.store(out_R[:, None] + column_C[None, :] * out_stride_d, turned_RC, mask=there_RC)
+        rotated_RC = rotated_RC.to(out_ptr.dtype.element_ty)
+        tl.store(out_R[:, None] + column_C[None, :] * out_stride_d, rotated_RC, mask=there_RC)
     else:
         x_RP = x_R[:, None] + pair_P[None, :] * x_stride_d
         first_RP = tl.load(x_RP, mask=there_RP, other=0.0).to(tl.float32)

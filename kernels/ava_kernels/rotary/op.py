@@ -23,23 +23,23 @@ def apply_rotary(
     cu_seqlens: Tensor | None = None,
     conjugate: bool = False,
 ) -> Tensor:
-    """Turns the first 2·cos.shape[-1] features of every head by its token's position; the rest pass through.
+    """Rotates the first 2·cos.shape[-1] features of every head by its token's position; the rest pass through.
 
     x (B, S, H, D), or (T, H, D) with `cu_seqlens` (documents + 1) int32, 0 and the ends of the documents that are
     packed in it → the same shape and dtype. cos, sin (positions, rotary_dim / 2). A token's position is its place in
     its sequence, or what `position_ids` (B or 1, S), (S,) or (T,) says; on a GPU positions beyond the table are not
     noticed. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) if `interleaved` (Su et al., 2021, "RoFormer"). `conjugate`
-    turns the other way, which is also the gradient. Computed in float32 (float64 for float64). `inplace` writes into x
-    and returns it. Differentiable in x. Raises ValueError, naming the argument.
+    rotates the other way, which is also the gradient. Computed in float32 (float64 for float64). `inplace` writes into
+    x and returns it. Differentiable in x. Raises ValueError, naming the argument.
     """
     dims = 4 if cu_seqlens is None else 3
     if x.dim() != dims:
         shape = "(B, S, H, D)" if dims == 4 else "(T, H, D), as cu_seqlens is given"
         raise ValueError(f"x has the shape {tuple(x.shape)}; it must be {shape}")
     if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; it must be floats, as turned features are")
+        raise ValueError(f"x is {x.dtype}; it must be floats, as rotated features are")
     if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):
-        raise ValueError("cos and sin are the tables to turn by: give both, as rope_table makes them")
+        raise ValueError("cos and sin are the tables to rotate by: give both, as rope_table makes them")
     if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1] or not cos.is_floating_point():
         raise ValueError(
             f"cos {cos.dtype} {tuple(cos.shape)} and sin {sin.dtype} {tuple(sin.shape)} do not fit x "

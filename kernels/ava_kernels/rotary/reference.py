@@ -14,9 +14,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, interle
     cos_SD, sin_SD = (table[where].unsqueeze(-2).to(dtype) for table in (cos, sin))
     if conjugate:
         sin_SD = -sin_SD
-    turned = x[..., : 2 * half].to(dtype)
-    first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    rotated = x[..., : 2 * half].to(dtype)
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
     pair = (first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    turned = turned.to(x.dtype)
-    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), dim=-1)
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    rotated = rotated.to(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)

@@ -1,8 +1,8 @@
-"""The gradients of the experts' weights for Hopper: the kernel that `hopper.weights` launches; see there.
+"""The gradients of the experts' weights for Hopper: the kernel that `hopper.weight_grad` launches; see there.
 
 A tile is 128 rows and two times 128 columns of one expert's gradient, a sum over that expert's rows.
 
-Shape suffixes: B rows of a group of warps, C columns, L what is multiplied and added at a time.
+Shape suffixes: B rows of a consumer, C columns, L what is multiplied and added at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ava_kernels.experts.hopper_kernels import COLUMNS, DEPTH, _barriers, _halves, _in_turn, _place, _store
+from ava_kernels.experts.hopper_kernels import COLUMNS, DEPTH, _barriers, _halves, _place, _store, _swizzle
 from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
@@ -21,14 +21,14 @@ from ava_kernels.hopper import GROUP, clear_behind, fetch
 def _tile_of_sums(tile, ends, rows, columns):
     """→ a tile's expert, its row and column among that expert's, and the first and the end of what it sums over."""
     expert = tile // (rows * columns)
-    row, column = _in_turn(tile - expert * rows * columns, rows, columns)
+    row, column = _swizzle(tile - expert * rows * columns, rows, columns)
     start = gl.load(ends + (expert - 1), mask=expert > 0, other=0)
     return expert, row, column, start, gl.load(ends + expert)
 
 
 @gluon.jit
-def _fetch_for_sums(shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
-    """What the fetching warps do where an expert's rows are summed over: those of one side are GATHERED by token, 0 for
+def _weight_grad_producer(shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr):
+    """What the producer warps do where an expert's rows are summed over: those of one side are GATHERED by token, 0 for
     the left and 1 for the right, those of the other lie side by side."""
     (
         x, x_stride, token, y, left_smem, right_smem, full, empty, ends, E, M, P, rows, columns, programs,
@@ -75,7 +75,9 @@ def _fetch_for_sums(shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: 
 
 
 @gluon.jit
-def _weights_of_group(shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, NUMBER: gl.constexpr):
+def _weight_grad_consumer(
+    shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr, NUMBER: gl.constexpr
+):
     (
         left_smem, right_smem, out_smem, full, empty, ends, out, stride_e, stride_m, E, M, P, rows, columns, programs,
     ) = shared  # fmt: skip
@@ -121,7 +123,7 @@ def _weights_of_group(shared, GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT
 
 
 @gluon.jit
-def _hopper_weights(
+def _hopper_weight_grad(
     x, x_stride, token, y, ends, out, stride_e, stride_m, E, M, P, programs,
     GATHERED: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
@@ -140,9 +142,9 @@ def _hopper_weights(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_weights_of_group, (shared, GATHERED, STAGES, UNIT, 0)),
-            (_weights_of_group, (shared, GATHERED, STAGES, UNIT, 1)),
-            (_fetch_for_sums, (fetched, GATHERED, STAGES, UNIT)),
+            (_weight_grad_consumer, (shared, GATHERED, STAGES, UNIT, 0)),
+            (_weight_grad_consumer, (shared, GATHERED, STAGES, UNIT, 1)),
+            (_weight_grad_producer, (fetched, GATHERED, STAGES, UNIT)),
         ],
         [4, 4],
         [224, 56],
