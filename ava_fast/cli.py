@@ -32,7 +32,7 @@ from ava_fast.checkpoint import store
 from ava_fast.checkpoint.commands import add_checkpoint_commands
 from ava_fast.checkpoint.source import read_source
 from ava_fast.compatibility import world_size_conflicts
-from ava_fast.config import ConfigError, load_config
+from ava_fast.config import ConfigError, for_host, load_config
 from ava_fast.data.commands import add_data_commands
 from ava_fast.errors import Interrupted, TrainingError, UserError
 
@@ -94,7 +94,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
     if not prompt:
         raise UserError("--prompt: has no tokens; give at least one character")
-    model = Transformer(config)
+    model = Transformer(for_host(config))
     model.load_state_dict(weights)
     tokens = generate(
         model,

@@ -79,6 +79,12 @@ def saved_config(tree: dict[str, Any]) -> Config:
     return Config.model_validate(_still_known(tree, Config))
 
 
+def for_host(config: Config) -> Config:
+    """The same model where there is no GPU: kernels that were asked for by name run on one only."""
+    training = config.training.model_copy(update={"attention_backend": "auto"})
+    return config.model_copy(update={"training": training})
+
+
 def _still_known(tree: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
     known = {}
     for key, value in tree.items():

@@ -38,6 +38,8 @@ from torch import Tensor, nn
 
 from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_shard
 from ava_fast.config import Config
+from ava_fast.distributed.health import raise_if_aborted
+from ava_fast.distributed.rank_0 import close_group, open_group
 from ava_fast.distributed.rendezvous import is_shared, meet
 from ava_fast.errors import UserError
 from ava_fast.parts import part
@@ -51,26 +53,53 @@ def init_distributed(config: Config) -> None:
     timeout = timedelta(seconds=config.distributed.timeout_seconds)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "500"
-    )  # the flight recorder's last collectives: see distributed.stuck
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "500")  # the last collectives, for `distributed.stuck`
+    device = _own_gpu(config) if backend == "nccl" else None
     if is_shared():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = meet(rank, world_size, timeout)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=rank, world_size=world_size, device_id=device
+        )
     elif "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     else:
         own: Any = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's stubs do not re-export it
-        dist.init_process_group(backend, timeout=timeout, store=own, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=own, rank=0, world_size=1, device_id=device)
     _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+    open_group()
 
 
-def close_distributed() -> None:
-    """Leaves the process group; afterwards this process may join another."""
-    _import_deepspeed().comm.destroy_process_group()
+def _own_gpu(config: Config) -> torch.device:
+    """This rank's, made the current one; and what must be said to CUDA and nccl before they start, where the user has
+    not."""
+    local_rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= there:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this process sees {there} GPU(s); start as many ranks as there are "
+            "(--nproc_per_node), and leave it to torchrun which rank takes which: no CUDA_VISIBLE_DEVICES of its own"
+        )
+    # `health.Watch` ends what hangs with a word and a code; torch's watchdog would end the process without either.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+    # Pieces of all sizes come and go: sequences grow, the ladder changes micro-batches.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if config.training.mode == "debug":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    if config.memory.offload_optimizer and os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun's default. AdamW on the host wants the cores; it has no sum whose order threads could change.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def close_distributed(*, alone: bool = False) -> None:
+    """Leaves the process group; afterwards this process may join another. `alone`: the other ranks may not be on their
+    way out. nccl would wait for them, so its group is left to end with the process."""
+    close_group()
+    if dist.is_initialized() and not (alone and dist.get_backend() == "nccl"):
+        _import_deepspeed().comm.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -259,15 +288,16 @@ class Engine:
     def state(self) -> State:
         """What this rank has to save of weights, fp32 masters and moments. The tensors are the live ones: they change
         with the next update, before which `before_update` is called. Collective in stage 3."""
-        tensors, starts, steps = dict[str, Tensor](), dict[str, int](), set[int]()
+        tensors, starts, steps = dict[str, Tensor](), dict[str, int](), dict[int, int]()
         for name, start, master, offset, length in self._fragments(self.world_size):
             starts[name] = start
             moments = self._optimizer.state.get(master, {})
-            steps.add(int(moments.get("step", 0)))
+            if id(master) not in steps:  # a look at the device, and many fragments share a master
+                steps[id(master)] = int(moments.get("step", 0))
             for kind, tensor in ((MASTER, master), *((kind, moments.get(kind)) for kind in MOMENTS)):
                 if tensor is not None:
                     tensors[f"{kind}/{name}"] = tensor.detach().view(-1).narrow(0, offset, length)
-        assert len(steps) <= 1, "AdamW's parameters have taken different numbers of steps"
+        assert len(set(steps.values())) <= 1, "AdamW's parameters have taken different numbers of steps"
         others = self._others()
         if self.rank == 0:
             tensors |= {f"{OTHER}/{name}": tensor.detach().view(-1) for name, tensor in others.items()}
@@ -275,7 +305,7 @@ class Engine:
             "zero_stage": self._stage,
             "precision": self._config.training.precision,
             "world_size": self.world_size,
-            "adam_step": max(steps, default=0),
+            "adam_step": max(steps.values(), default=0),
             "parameters": {name: list(_shape(parameter)) for name, parameter in self._trainable()},
             "others": {name: list(tensor.shape) for name, tensor in others.items()},
             "tied": self._tied(),
@@ -437,6 +467,7 @@ class Engine:
             dist.all_reduce(found)
         norm = found[0].sqrt()
         self._norm, nonfinite = torch.stack((norm, found[1])).tolist()
+        raise_if_aborted()
         self._nonfinite = int(nonfinite)
         self._stats = replace(stats, norm=norm.to(stats.norm.device))
         return torch.tensor(0.0 if math.isfinite(self._norm) else math.nan, device=self.device)

@@ -100,7 +100,7 @@ def _device(config: Config) -> str:
             raise UserError(f"training.compile: needs a C++ compiler on a CPU, and there is no {compiler}; set false")
         return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank"
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    if config.training.precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if config.training.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"training.precision: {', '.join(names)} has no bf16; set fp32")
     generations = {torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count())}
     if attention == "hopper" and generations != {9}:

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity
 
 from ava_fast.config import Config
+from ava_fast.distributed.rank_0 import on_rank_0
 from ava_fast.errors import UserError
 from ava_fast.observe import trace as traces
 from ava_fast.observe.run import say
 from ava_fast.parts import named, part
-from ava_fast.train import on_rank_0, preflight, prepare_data
+from ava_fast.train import preflight, prepare_data
 from ava_fast.trainer import Trainer
 
 WARM_UP = 3

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ava_fast.config import Config, load_config
+from ava_fast.config import Config, for_host, load_config
 from ava_fast.data.shards import TokenStream, read_index
 from ava_fast.data.tokenizer import load_tokenizer
 from ava_fast.errors import UserError
@@ -105,7 +105,7 @@ def _tokens_per_second(run: Path) -> float:
 
 def _continuation(config: Config, weights: dict[str, torch.Tensor], shards: Path) -> str:
     tokenizer = load_tokenizer(shards)
-    model = Transformer(config)
+    model = Transformer(for_host(config))
     model.load_state_dict(weights)
     prompt = tokenizer.encode(config.evaluation.prompt or "", add_special_tokens=False).ids
     tokens = generate(

@@ -13,11 +13,12 @@ import argparse
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -32,6 +33,7 @@ from ava_fast.data.shards import is_prepared
 from ava_fast.distributed import elastic
 from ava_fast.distributed.health import Watch
 from ava_fast.distributed.machine import examine
+from ava_fast.distributed.rank_0 import on_rank_0, see_the_same, wait_for_all
 from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import Ended, Interrupted, LostRank, TrainingError, UserError
 from ava_fast.model.huggingface import read_model
@@ -41,13 +43,14 @@ from ava_fast.summary import finish, finished_lines
 from ava_fast.trainer import Trainer
 
 logger = logging.getLogger("ava_fast.train")  # not __name__, which torchrun makes "__main__"
-Result = TypeVar("Result")
+_SPOKEN = "ava_fast/spoken"  # in the ranks' store: rank 0 has said why it leaves
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; returns its exit code."""
     started_at = psutil.Process().create_time()
     options = _parse(arguments)
+    meeting: Any = None  # the store of this start's ranks
     try:
         config = load_config(options.config, _overrides(options))
         faults = world_size_conflicts(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -59,15 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
                 say(done)
             return 0
         init_distributed(config)
+        meeting = dist.distributed_c10d._get_default_store()
         try:
             _run(config, options, started_at)
-        finally:
-            close_distributed()
+        except BaseException:
+            close_distributed(alone=True)
+            raise
+        close_distributed()
     except (UserError, TrainingError, Interrupted, Ended) as error:
-        return _leave(error)
+        return _leave(error, meeting)
     except OSError as error:  # a log or the metrics, on a disk that filled up
         logger.debug("stopped by", exc_info=True)
-        return _leave(TrainingError(f"{error.filename or 'a file'}: {error.strerror or error}; resume with --resume"))
+        line = f"{error.filename or 'a file'}: {error.strerror or error}; resume with --resume"
+        return _leave(TrainingError(line), meeting)
     finally:
         stop_logging()
     return 0
@@ -85,6 +92,7 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
         on_rank_0(lambda: preflight(config))
         checkpoints = on_rank_0(lambda: _checkpoints(config, options))
         run_folder = on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
+    see_the_same(run_folder)
     try:
         if _rank() == 0:
             elastic.begin(run_folder, agents, past, checkpoints)
@@ -144,7 +152,7 @@ def _train(
     if not isinstance(ended, LostRank):
         # torchrun ends the others once one rank has left: none does while rank 0 still writes the report.
         with contextlib.suppress(RuntimeError):
-            dist.barrier()
+            wait_for_all()
     raise ended
 
 
@@ -176,20 +184,6 @@ def _tell_restart(past: elastic.Past) -> None:
         logger.warning("there is no checkpoint yet: from the beginning")
     if past.world_size != dist.get_world_size():
         logger.warning(f"the run goes on with {dist.get_world_size()} rank(s) instead of {past.world_size}")
-
-
-def on_rank_0(action: Callable[[], Result]) -> Result:
-    """Its result, or its UserError, on every rank."""
-    outcome: list[Result | UserError | None] = [None]
-    if _rank() == 0:
-        try:
-            outcome = [action()]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
 
 
 def _examine(config: Config) -> None:
@@ -276,21 +270,33 @@ def initial_weights(config: Config) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-def _leave(error: UserError | TrainingError | Interrupted | Ended) -> int:
+def _leave(error: UserError | TrainingError | Interrupted | Ended, meeting: Any) -> int:
+    """Says why, once for all ranks: rank 0 does, and another where rank 0 has nothing to say."""
+    message = str(error).encode("utf-8", "backslashreplace").decode()
     if _rank() != 0:
-        if (
-            isinstance(error, LostRank) or not error.exit_code
-        ):  # rank 0 may wait for this one in a collective, until it is gone
-            return error.exit_code
+        if isinstance(error, LostRank) or not error.exit_code:
+            return error.exit_code  # rank 0 may wait for this one in a collective, until it is gone
         # torchrun ends the other ranks as soon as one has left: rank 0 speaks first.
         time.sleep(3)
+        if isinstance(error, (UserError, TrainingError)) and meeting is not None and not _has_spoken(meeting):
+            print(f"rank {_rank()} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
         return error.exit_code
-    message = str(error).encode("utf-8", "backslashreplace").decode()
     if logging_started():
         logger.error(message)
     else:
         print(message, file=sys.stderr, flush=True)
+    if meeting is not None:
+        with contextlib.suppress(RuntimeError):
+            meeting.set(_SPOKEN, "")
     return error.exit_code
+
+
+def _has_spoken(meeting: Any) -> bool:
+    """Rank 0, as far as this one can learn."""
+    try:
+        return bool(meeting.check([_SPOKEN]))
+    except RuntimeError:
+        return False
 
 
 def _rank() -> int:
@@ -322,7 +328,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a thread of torch's collectives that wants the GIL while the interpreter is torn down ends the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -24,7 +25,7 @@ from ava_fast.config import Config
 from ava_fast.data.batches import Batch, Shards, cut, sources_of
 from ava_fast.data.loader import TokenLoader, heldout_sequences
 from ava_fast.distributed import elastic, pace, stuck
-from ava_fast.distributed.health import Watch
+from ava_fast.distributed.health import Watch, raise_if_aborted
 from ava_fast.engine import Engine, StepResult
 from ava_fast.errors import Interrupted, LostRank, TrainingError, UserError
 from ava_fast.evaluate.heldout import PROBE, heldout_loss, probe_loss
@@ -49,6 +50,7 @@ from ava_fast.stability.failures import (
     RETRIED,
     attempt,
     in_a_line,
+    is_device_fault,
     is_network,
     is_out_of_memory,
     more_room,
@@ -374,7 +376,7 @@ class Trainer:
                     if engine.collectives == "step":
                         square = self._backward(output, share)
             except Exception as error:
-                if engine.collectives == "forward":
+                if engine.collectives == "forward" or is_device_fault(error):
                     raise
                 logger.debug("an exception in the model", exc_info=True)
                 self._failed(Trouble.MEMORY if is_out_of_memory(error) else Trouble.EXCEPTION, in_a_line(error))
@@ -432,8 +434,7 @@ class Trainer:
         assert isinstance(model, Transformer)
         model.recompute = then.recompute
         self.judge.counts[MADE_ROOM] += 1
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(self.engine.device)
         self._keep(then)
         self._progress.write({"kind": "memory", "step": self.step, "reason": said, **asdict(then)})
         logger.warning(f"after step {self.step}: {said}")
@@ -451,7 +452,10 @@ class Trainer:
         self.engine.release()
         self.config = room.with_room(self.config, then)
         self._look.turn_to(None)
+        device = self.engine.device
         del self.engine, self.keeper  # there is no room for two
+        gc.collect()  # DeepSpeed's hooks and its optimizer hold each other: one pass leaves what a second one frees
+        empty_cache(device)
         self._build(Transformer(self.config))
         self._look.turn_to(self.engine.model)
         self.load(checkpoint)
@@ -626,6 +630,7 @@ class Trainer:
         utilisation_L = requested_LE.mean(1) / requested_LE.amax(1).clamp_min(1)
         passes = self.micro_batches * self.engine.world_size
         means = torch.cat((sums / passes, utilisation_L, rest)).tolist()
+        raise_if_aborted()
         W = len(paces_W)
         self._pace.heard(means[-2 * W : -W])
         self._note_utilisation(means[-W:])
@@ -685,7 +690,7 @@ class Trainer:
     def _lost(self, error: Exception, watch: Watch) -> Exception:
         """What to raise where this rank cannot go on and has not agreed on it with the others. They are told, or have
         told it; rank 0 notes the batch that an exception in the model came from, so that a resumed run passes it."""
-        network, stretch = is_network(error), self._stretch
+        network, fault, stretch = is_network(error), is_device_fault(error), self._stretch
         note = watch.note(3.0 if network else 0.0)
         if note is None:
             reason = in_a_line(error)
@@ -694,7 +699,7 @@ class Trainer:
             if network:
                 reason = f"a collective failed, as another rank has died or cannot be reached ({reason})"
             memory = is_out_of_memory(error)
-            watch.tell(reason, at_fault=stretch is not None and not network and not memory)
+            watch.tell(reason, at_fault=stretch is not None and not (network or memory or fault))
             note = watch.note()
             if isinstance(error, OSError) and not network:
                 return error
@@ -715,7 +720,7 @@ class Trainer:
         return LostRank(
             f"stopped in step {self.step + 1}: rank {note.rank} failed: {note.reason}. {self.keeper.safe()}. "
             f"{advice} --resume latest",
-            resumable=network or note.hung,
+            resumable=network or fault or note.hung,
         )
 
     @contextmanager

@@ -11,7 +11,7 @@ import transformers
 from corpus import write_config, write_corpus
 from launch import only_run
 
-from ava_fast import cli, train
+from ava_fast import cli, summary, train
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,18 @@ def test_a_run_exports_loads_in_transformers_and_comes_back(
     again = tmp_path / "again"
     assert cli.main(["export", str(imported), "--output", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_what_was_trained_with_kernels_for_a_gpu_generates_on_the_host(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = continuation(run, capsys)
+    weights, config, tokenizer = cli.read_source(run)
+    for_gpu = config.model_copy(update={"training": config.training.model_copy(update={"attention_backend": "triton"})})
+    monkeypatch.setattr(cli, "read_source", lambda path: (weights, for_gpu, tokenizer))
+    assert continuation(run, capsys) == ours
+    (shards,) = {file.parent for file in run.parents[2].rglob("index.json")}
+    assert summary._continuation(for_gpu, weights, shards) == summary._continuation(config, weights, shards)
 
 
 def test_training_starts_from_imported_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

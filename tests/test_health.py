@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from corpus import write_config, write_corpus
 from distributed import run_on_ranks
@@ -19,8 +20,10 @@ from ava_fast import train
 from ava_fast.config import Config, load_config
 from ava_fast.data.batches import Batch
 from ava_fast.distributed import health, machine
+from ava_fast.distributed.pace import Pace
 from ava_fast.distributed.rendezvous import meet
 from ava_fast.engine import close_distributed, init_distributed
+from ava_fast.errors import LostRank
 from ava_fast.observe.report import write_report
 from ava_fast.observe.run import read_metrics
 from ava_fast.trainer import Trainer
@@ -122,12 +125,60 @@ def test_a_collective_that_takes_too_long_leaves_a_record(tmp_path: Path) -> Non
     assert "gloo:broadcast" in said
 
 
+def test_what_an_aborted_collective_gave_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it written down."""
+    file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
+    config = load_config(file, OVERRIDES)
+    init_distributed(config)
+    try:
+        trainer = Trainer(config, tmp_path, train.prepare_data(config))
+        before = trainer.engine.gather_weights()
+        aborted = threading.Event()
+        monkeypatch.setattr(health, "_aborted", aborted)
+        all_reduce = dist.all_reduce
+
+        def cut_short(*arguments: Any, **options: Any) -> Any:
+            aborted.set()
+            return all_reduce(*arguments, **options)
+
+        monkeypatch.setattr(dist, "all_reduce", cut_short)
+        with pytest.raises(LostRank, match="the communicators were aborted"):
+            trainer.run()
+        after = trainer.engine.gather_weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    finally:
+        close_distributed()
+    assert not [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "step"]
+
+
+def test_on_a_gpu_the_own_time_is_the_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Two seconds apart."""
+
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def elapsed_time(self, other: Any) -> float:
+            return 2000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = Pace(0, 1, 1.5, 8, cuda=True)
+    for _ in range(2):
+        with pace:
+            time.sleep(0.05)
+        with pace:
+            time.sleep(0.05)
+        shares = pace.share()
+        pace.heard(shares)
+    assert shares == [4.0]  # of the step before
+
+
 def test_each_start_meets_apart_from_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a store in which ranks of earlier starts have left what they said."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     server.set("ava_fast/asks/1", "a rank that is gone")
+    server.set("exception_dump", "nccl's watchdogs end the process that finds this")
     seen: list[list[bytes]] = []
     for start in range(2):
         stores: dict[int, Any] = {}
@@ -141,6 +192,7 @@ def test_each_start_meets_apart_from_those_before(monkeypatch: pytest.MonkeyPatc
         for rank in ranks:
             rank.join()
         assert not any(stores[rank].check(["said"]) for rank in range(3))
+        assert not server.check(["exception_dump"])
         stores[0].set("said", str(start))
         seen.append([stores[rank].get("said") for rank in range(3)])
     assert seen == [[b"0"] * 3, [b"1"] * 3]

@@ -216,14 +216,14 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
-    from ava_fast.config import saved_config
+    from ava_fast.config import for_host, saved_config
     from ava_fast.evaluate.heldout import probe_loss
     from ava_fast.model.transformer import Transformer
 
     checkpoint = store.find_checkpoint(Path(options.source))
     manifest = store.read_manifest(checkpoint)
     config = saved_config(manifest["config"])
-    model = Transformer(config)
+    model = Transformer(for_host(config))
     model.load_state_dict(Shards(checkpoint / "engine").weights())
     bf16 = config.training.precision == "bf16"
     for parameter in model.parameters() if bf16 else ():

@@ -25,8 +25,9 @@ class Snapshot:
         self._tensors, self._buffers = tensors, buffers
         self._copied, self._error = threading.Event(), None
         self._stream = None
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-        if device.type == "cuda":
+        # The masters may be on the host while the experts' bias is on the GPU.
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        if device is not None:
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -18,6 +18,7 @@ goes to the run's logs.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -25,12 +26,15 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import psutil
+import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import ErrorType
 
 from ava_fast.distributed import elastic, stuck
 from ava_fast.errors import Interrupted
@@ -41,6 +45,14 @@ logger = logging.getLogger(__name__)
 _KEY, _BEATS, _LEFT = "ava_fast/failed", "ava_fast/beats", "left"
 _EVERY, _BEFORE_ABORT, _BEFORE_END = 1.0, 5.0, 60.0  # seconds
 _PARENT = os.getppid()
+_aborted = threading.Event()
+
+
+def raise_if_aborted() -> None:
+    """Raises dist.DistBackendError once this rank's communicators have been aborted: what a collective that was under
+    way then gave is not to be used. Ask after waiting for the device."""
+    if _aborted.is_set():
+        raise dist.DistBackendError("another rank failed, so the communicators were aborted")
 
 
 class Note(NamedTuple):
@@ -161,12 +173,13 @@ class Watch:
             if note is None:
                 continue
             logger.error(f"rank {note.rank} failed: {note.reason}")
-            if note.hung:
-                self._record(note)
+            if note.hung:  # asks the device about its collectives, which may hang as well
+                _in_time(functools.partial(self._record, note), _BEFORE_ABORT)
             if note.rank == self._rank and note.hung:  # where it hangs it will not come back from
                 self._end()
-            if not self._done.wait(_BEFORE_ABORT) and dist.get_backend() == "nccl":
-                dist.distributed_c10d._abort_process_group()
+            if not self._done.wait(_BEFORE_ABORT) and dist.is_initialized() and dist.get_backend() == "nccl":
+                _aborted.set()
+                _in_time(dist.distributed_c10d._abort_process_group, 0)
             if not self._done.wait(_BEFORE_END):
                 logger.error("this rank does not come back from where it waits for the failed one: it is ended")
                 self._end()
@@ -184,6 +197,8 @@ class Watch:
         elif (most := getattr(self._settings, f"timeout_{self._phase}", None)) and now - self._entered_at > most:
             reason = f"in phase {self._phase} for more than distributed.timeout_{self._phase} ({most} s)"
             note = Note(self._rank, reason, False, True)
+        elif trouble := _communicator_trouble():
+            note = Note(self._rank, f"nccl reports {trouble}", False)
         else:
             return None
         if note.rank != self._rank:
@@ -204,6 +219,25 @@ class Watch:
     def _end(self) -> None:
         logging.shutdown()
         os._exit(Interrupted.exit_code)
+
+
+def _in_time(action: Callable[[], object], seconds: float) -> None:
+    """Does it in a thread, which is left to itself after so long."""
+    doing = threading.Thread(target=action, daemon=True)
+    doing.start()
+    doing.join(seconds)
+
+
+def _communicator_trouble() -> str | None:
+    """What nccl noticed by itself, such as a connection to another node that broke."""
+    try:
+        group = dist.group.WORLD
+        if group is None or dist.get_backend() != "nccl":
+            return None
+        error = group._get_backend(torch.device("cuda")).get_error()
+    except (RuntimeError, ValueError):  # the group has just been left
+        return None
+    return None if error == ErrorType.SUCCESS else error.name
 
 
 def _kill(peer: Peer) -> None:

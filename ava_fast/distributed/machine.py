@@ -67,6 +67,8 @@ def examine(config: Config) -> list[Row]:
         _compared("copy", "GB/s", config, lambda: copy_speed(sizes, cuda)),
     ]
     reduced = _reduce_speed(sizes, cuda)
+    if cuda:
+        torch.cuda.empty_cache()  # what the checks took is free again for preflight, which looks next
     own = _own_rows(config, sizes) if os.environ.get("LOCAL_RANK", "0") == "0" else []
     own += _gpu_rows() if cuda else []
     dist.barrier()
@@ -177,11 +179,12 @@ def _gpu_rows() -> list[Row]:
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except ImportError:
         return [Row("gpu", True, "its state is not known, as nvidia-ml-py is not installed")]
-    except Exception as error:  # of a driver that is not there, or not this version's
+    except Exception as error:  # of a driver that is not there or not this version's, or a part of a GPU (MIG)
         return [Row("gpu", True, f"its state is not known: {error}")]
-    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
     return [gpu_row(nvml, handle)]
 
 

@@ -42,7 +42,8 @@ class Pace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._own += time.perf_counter() - self._began_at
+        if not self._cuda:
+            self._own += time.perf_counter() - self._began_at
         self._mark()
 
     def _mark(self) -> None:

@@ -37,6 +37,8 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> Store:
     """
     store = connect(timeout)
     if rank == 0:
+        # By which the watchdogs of nccl call each other: an earlier start's would end this one after minutes.
+        store.delete_key("exception_dump")
         name = secrets.token_hex(8)
         _welcome(store, name, set(range(1, world_size)), time.monotonic() + timeout.total_seconds())
     else:

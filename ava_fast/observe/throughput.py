@@ -11,6 +11,7 @@ from ava_fast.config import Config
 BF16_PEAKS = {
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "L40S": 362e12,

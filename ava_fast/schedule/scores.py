@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from ava_fast.checkpoint.source import fingerprint, read_source
-from ava_fast.config import Config
+from ava_fast.config import Config, for_host
 from ava_fast.data.batches import Sequences, Shards, open_sources, sources_of
 from ava_fast.data.order import Mixture
 from ava_fast.data.prepare import progress_bar
 from ava_fast.data.shards import TokenStream, read_index
+from ava_fast.distributed.rank_0 import on_rank_0
 from ava_fast.errors import UserError
 from ava_fast.files import sha256, write_whole
 from ava_fast.model.transformer import Transformer
@@ -48,20 +48,13 @@ def easy_first(config: Config, shards: Shards) -> list[EasyFirst] | None:
     difficulty, training = config.curriculum.difficulty, config.training
     if difficulty.measure == "none":
         return None
-    outcome: list[list[Path] | UserError] = [[]]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [[_made(config, source) for source in open_sources(shards, "train", config.data.max_length)]]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
+    length = config.data.max_length
+    files = on_rank_0(lambda: [_made(config, source) for source in open_sources(shards, "train", length)])
     shares = Mixture([source.weight for source in sources_of(shards)]).counts
     steps = difficulty.ratio * training.max_steps
     horizon = steps * training.batch_size * training.gradient_accumulation_steps
     orders = []
-    for number, file in enumerate(outcome[0]):
+    for number, file in enumerate(files):
         ranking, digest = _read(file)
         how = "" if difficulty.mode == "order" else f", {difficulty.pacing} from {difficulty.start}"
         orders.append(
@@ -176,7 +169,7 @@ def _losses(config: Config, source: Sequences) -> npt.NDArray[np.float64]:
             f"curriculum.difficulty.reference: {reference} was trained with another tokenizer than {source.folder} was "
             "prepared with; prepare the data with data.tokenizer_name set to the reference's"
         )
-    model = Transformer(settings)
+    model = Transformer(for_host(settings))
     model.load_state_dict(weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)

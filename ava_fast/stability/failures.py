@@ -27,9 +27,9 @@ PAUSES = (0.5, 2.0, 8.0)
 _TRANSIENT = {errno.EAGAIN, errno.EIO, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT}
 _TRANSIENT |= {errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN}
 _TRANSIENT |= {errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH}
-# What gloo and the host's allocators say in a plain RuntimeError.
+# What gloo, the host's allocators and cuBLAS, which finds no room for its workspace, say in a plain RuntimeError.
 _COLLECTIVE = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "timed out waiting")
-_NO_ROOM = ("out of memory", "can't allocate memory", "cannot allocate memory")
+_NO_ROOM = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
 RETRIED, MADE_ROOM = "network error, tried again", "step taken again in less memory"
 """What the judge's counts call it."""
 _NETWORK = "network: "  # begins the line of such an error
@@ -41,6 +41,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_ROOM)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """A GPU that is broken for this process, such as by an illegal access or an uncorrected memory error: no batch is
+    to blame."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def is_network(error: BaseException) -> bool:

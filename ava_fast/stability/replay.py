@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ava_fast.config import Config
+from ava_fast.config import Config, for_host
 from ava_fast.data.batches import Batch
 from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
@@ -51,7 +51,7 @@ def replay(folder: Path, weights: dict[str, Tensor], config: Config, tokenizer: 
     found: losses, the gradient norm, parameters whose gradient is not finite (nearest to the cause first) and the
     sequences with the largest losses, each computed alone."""
     step_of(folder)
-    model = Transformer(config)
+    model = Transformer(for_host(config))
     model.load_state_dict(weights)
     found: list[str] = []
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ava_kernels import GradStats, clip_, clip_coefficient, grad_stats
-from ava_kernels.gradients import op
+from ava_kernels.gradients import op, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,24 @@ def backend(request, monkeypatch):
     else:
         request.getfixturevalue("extension")
     return request.param
+
+
+def test_a_large_tensor_is_gone_through_in_pieces(monkeypatch):
+    """Views of it, in plain PyTorch: each element once, in any layout."""
+    monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
+    monkeypatch.setattr(reference, "PIECE", 10)
+    around = torch.randn(12, 9, 14)
+    tensors = [torch.randn(33), torch.randn(9, 5).mT, around[2:9, ::2, 1:13], torch.randn(10), torch.randn(2, 0)]
+    tensors[2][3, 2, 5], tensors[1][0, 1] = NAN, -7.0
+    for t in tensors:
+        pieces = reference._pieces(t)
+        assert sum(piece.numel() for piece in pieces) == t.numel()
+        assert all(piece._base is t or piece is t or piece._base is t._base for piece in pieces)
+    check(tensors, grad_stats(tensors, per_tensor=True))
+    tensors[2][3, 2, 5] = 0.5
+    expected = [t * 0.25 for t in tensors]
+    clip_(tensors, torch.tensor(0.25))
+    assert same_bits(tensors, expected)
 
 
 @pytest.fixture

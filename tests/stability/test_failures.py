@@ -24,7 +24,7 @@ from ava_fast.errors import TrainingError
 from ava_fast.observe.report import write_report
 from ava_fast.observe.run import read_metrics
 from ava_fast.stability import failures
-from ava_fast.stability.failures import attempt, is_network, is_out_of_memory, may_pass, retried
+from ava_fast.stability.failures import attempt, is_device_fault, is_network, is_out_of_memory, may_pass, retried
 from ava_fast.stability.judge import Judge, Trouble, Verdict
 from ava_fast.trainer import Trainer
 
@@ -38,15 +38,18 @@ def allocate_too_much() -> None:
 def test_errors_are_told_apart() -> None:
     with pytest.raises(RuntimeError) as host:
         allocate_too_much()
-    for error in (host.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (host.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), cublas):
         assert is_out_of_memory(error)
         assert not is_network(error)
+        assert not is_device_fault(error)
     for error in (STALE, ConnectionResetError(), TimeoutError(), dist.DistBackendError("NCCL error")):
         assert is_network(error)
         assert not is_out_of_memory(error)
     for error in (ValueError("gloo"), FileNotFoundError(errno.ENOENT, "no"), OSError(errno.ENOSPC, "full")):
         assert not is_network(error)
         assert not is_out_of_memory(error)
+    assert is_device_fault(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_only_network_errors_are_tried_again_and_not_for_ever() -> None:
