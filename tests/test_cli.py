@@ -54,7 +54,7 @@ def test_what_was_trained_with_kernels_for_a_gpu_generates_on_the_host(
 ) -> None:
     ours = continuation(run, capsys)
     weights, config, tokenizer = cli.read_source(run)
-    for_gpu = config.model_copy(update={"training": config.training.model_copy(update={"attention_backend": "triton"})})
+    for_gpu = config.model_copy(update={"training": config.training.model_copy(update={"attention_backend": "hopper"})})
     monkeypatch.setattr(cli, "read_source", lambda path: (weights, for_gpu, tokenizer))
     assert continuation(run, capsys) == ours
     (shards,) = {file.parent for file in run.parents[2].rglob("index.json")}
