@@ -411,7 +411,8 @@ class DistributedConfig(Section):
     """Between ranks."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
-    """A collective that takes longer ends the run."""
+    """A collective that takes longer ends the run. With nccl the limits of the phases below do: torch's own would end
+    the process without a word."""
     heartbeat_seconds: Annotated[int, Field(ge=0, le=86400)] = 60
     """A rank whose process gives no sign of life for so long is ended. 0: never."""
     timeout_start: Annotated[int, Field(ge=1, le=10**6)] = 1800
