@@ -12,6 +12,15 @@ import pytest
 import torch
 
 
+# A file's tests stay on one of two workers, as their fixtures train models and compile kernels. The longest come first,
+# so that the other worker does not wait for them at the end.
+LONGEST = ("test_compatibility.py", "test_sm90.py", "test_train.py", "test_room.py", "test_elastic.py", "test_chaos.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def small_and_seeded() -> Iterator[None]:
     """For tiny tensors: a fixed seed, and one thread, as waking the others costs more than they save."""
