@@ -11,7 +11,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-
 # A file's tests stay on one of two workers, as their fixtures train models and compile kernels. The longest come first,
 # so that the other worker does not wait for them at the end.
 LONGEST = ("test_compatibility.py", "test_sm90.py", "test_train.py", "test_room.py", "test_elastic.py", "test_chaos.py")

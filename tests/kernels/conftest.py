@@ -55,6 +55,17 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     forget_tiles()
 
 
+@pytest.fixture
+def small_blocks(triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing's kernels cut everything into blocks so small that few tokens and experts need many."""
+    import triton.language as tl
+    from ava_kernels.routing import kernels, rounds
+
+    for name, size in {"TOKENS": 4, "PAIRS": 8, "ROUND_TOKENS": 4, "ELEMENTS": 16, "COLUMNS": 4, "ROWS": 2}.items():
+        monkeypatch.setattr(kernels, name, size)
+    monkeypatch.setattr(rounds, "SPAN", tl.constexpr(4))
+
+
 def set_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tile: list[int]) -> None:
     entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd", ", unaligned")}
     (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(KERNELS, entries)}))
