@@ -57,6 +57,7 @@ class BuildExtension(build_ext):
         if nvcc and (Path(ext.library_dirs[0]) / "libtorch_cuda.so").exists():
             try:
                 self.add_cuda(ext, nvcc)
+                self.force = True  # to link it in, though the C++ sources may be older than what was built of them
             except (OSError, subprocess.CalledProcessError) as error:
                 self.warn(f"the CUDA half of the extension is not built: {error}")
         super().build_extension(ext)

@@ -23,6 +23,7 @@ the table that `rope_attention` chooses by: `~/.cache/ava_kernels/tiles.json`, o
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -45,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import machine, tables
 from bench.check import is_lost, relative_error
-from bench.experts import CACHE, WARM_UP, WRONG, follow
+from bench.experts import WARM_UP, WRONG, follow
 
 
 class Size(NamedTuple):
@@ -99,25 +100,38 @@ def separate(rotate: Any, attend: Any, q: Tensor, k: Tensor, v: Tensor, cos: Any
     return attend(q, k, v, *rest)
 
 
+# What a model makes once a step for all of its layers is not part of a rotation's time.
+
+
+@functools.lru_cache(maxsize=4)
+def places(size: Size, device: torch.device) -> Tensor:
+    """(B, S): each token's place in its document."""
+    lengths = [end - start for start, end in itertools.pairwise(size.ends())]
+    return torch.cat([torch.arange(n, device=device) for n in lengths]).view(size.B, size.S)
+
+
+@functools.lru_cache(maxsize=8)
+def whole_table(half: Tensor, size: Size, dtype: torch.dtype) -> Tensor:
+    """(B, S, D), as transformers' models have it: each angle twice."""
+    return torch.cat((half, half), dim=-1)[places(size, half.device)].to(dtype)
+
+
 def our_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: Size, cu: Tensor) -> tuple[Tensor, ...]:
-    if size.mask != "packed":
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    return tuple(apply_rotary(t.flatten(0, 1), cos, sin, cu_seqlens=cu).view_as(t) for t in (q, k))
+    at = places(size, q.device) if size.mask == "packed" else None
+    return apply_rotary(q, cos, sin, position_ids=at), apply_rotary(k, cos, sin, position_ids=at)
 
 
 def liger_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: Size, cu: Tensor) -> tuple[Tensor, ...]:
     """Writes into q and k where it can."""
     rotate = importlib.import_module("liger_kernel.transformers.rope").liger_rotary_pos_emb
-    whole = [torch.cat((t, t), dim=-1)[None, : size.S].to(q.dtype) for t in (cos, sin)]
+    whole = [whole_table(t, size, q.dtype) for t in (cos, sin)]
     q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *whole)
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def plain_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, size: Size, cu: Tensor) -> tuple[Tensor, ...]:
     """As transformers' models write it."""
-    length = torch.tensor(size.ends(), device=q.device).diff().tolist()
-    at = torch.cat([torch.arange(n, device=q.device) for n in length]).view(size.B, size.S)
-    cos, sin = (torch.cat((t, t), dim=-1)[at][:, :, None].to(q.dtype) for t in (cos, sin))
+    cos, sin = (whole_table(t, size, q.dtype)[:, :, None] for t in (cos, sin))
     half = q.shape[-1] // 2
     return tuple(t * cos + torch.cat((-t[..., half:], t[..., :half]), dim=-1) * sin for t in (q, k))
 
@@ -232,7 +246,7 @@ def run(device: str, size: Size, runs: int, without: list[str]) -> Iterator[dict
             failed[name] = f"{type(error).__name__}: {error}"
     del small, exact
     ready = {name: attend for name, attend in known.items() if name not in failed}
-    cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
+    cache = torch.empty(machine.CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     for turn in machine.turns(WARM_UP + runs, f"attention {size.key()}"):
         for name, attend in ready.items():

@@ -92,7 +92,6 @@ LOADS = ("even", "zipf")
 CHECKED_TOKENS = {"cuda": 2048, "cpu": 256}
 WRONG = 0.03  # largest relative error: bfloat16 makes 0.005, a wrong tile in 64 makes 0.1
 WARM_UP = 3
-CACHE = 2 << 30  # bytes: more than any second-level cache, and long enough to write for the host to get ahead
 
 
 def main() -> int:
@@ -367,7 +366,7 @@ def _time(
     allotted: float,
 ) -> Iterator[dict[str, Any]]:
     T, M, I, E, K = size
-    cache = torch.empty(CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
+    cache = torch.empty(machine.CACHE, dtype=torch.int8, device=device) if device == "cuda" else None
     seconds: dict[str, dict[str, list[float]]] = {name: {"forward": [], "backward": []} for name in ready}
     memory: dict[str, dict[str, int]] = {}
     for run in machine.turns(WARM_UP + runs, f"{size}, {load}", allotted):

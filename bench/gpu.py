@@ -13,8 +13,9 @@ step. What one does not use of its share of the time is left to the others. Resu
 `gpu_cuda.json` tells how every step went and is rewritten after each. The exit code is 0 if all went well, 1 if not, 2
 without a GPU. `python -m bench.guard gpu` then compares with the baseline, `python -m bench.report` makes the page.
 
-Needs a Python with torch and triton, nothing from the network: `make bench-gpu` takes `.venv` if it is there, or else
-`PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are installed.
+Needs a Python with its headers, torch and triton, and a C compiler, nothing from the network: `make bench-gpu` takes
+`.venv` if it is there, or else `PYTHON` (python3), and finds this code by PYTHONPATH. Peers are timed where they are
+installed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -83,6 +86,9 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: this machine has no NVIDIA GPU that torch can use; nothing was measured", file=sys.stderr)
         return 2
+    if options.device == "cuda" and (missing := not_there()):
+        print(f"bench.gpu: {missing}; nothing was measured", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +96,16 @@ def main() -> int:
         os.environ["BENCH_RESULTS"] = str(results.resolve())
         machine.RESULTS = results.resolve()
         return Session(options.device, time.monotonic() + 60 * options.budget, Path(folder)).run()
+
+
+def not_there() -> str | None:
+    """What Triton needs on this machine to launch anything, in words; None if it is there."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+        return "Triton needs a C compiler, and there is no gcc or clang; install one, or name it in CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers, and there is no {header}; install them (python3-dev)"
+    return None
 
 
 running: set[subprocess.Popen[str]] = set()
@@ -187,7 +203,7 @@ class Session:
         arguments = ["-m", "bench.check", "--device", self.device, "--only", kernel, "--json", str(path)]
         arguments += ["--dtype", dtype] if dtype else []
         arguments += ["--tiny"] if self.device == "cpu" else []
-        outcome = self.step(name, arguments, max(60.0, 0.4 * self.left()), echo="FAILED")
+        outcome = self.step(name, arguments, max(60.0, 0.6 * self.left()), echo="FAILED")  # compiling takes most
         cases = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if outcome["status"] not in ("ok", "exit code 1"):  # 1: it has said itself what is wrong
             last = " | ".join(outcome.get("output", [])[-3:])

@@ -116,7 +116,7 @@ def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
             failed[name] = f"{type(error).__name__}: {error}"
             del contenders[name]
     actions = {name: lambda loss=loss: results_of(loss, *problem) for name, loss in contenders.items()}
-    seconds = machine.alternate(actions, device, runs, label=f"loss {size.V}")
+    seconds = machine.alternate(actions, device, runs, label=f"loss {size.V}", before=machine.emptied_cache(device))
     flops = 6 * size.T * size.M * size.V
     return {
         "size": size._asdict(),

@@ -29,6 +29,7 @@ RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "resul
 LOAD_BEFORE = os.getloadavg()[0]  # before this process has done anything
 CODE = ("ava_fast", "kernels", "csrc", "configs", "bench/*.py")  # what results depend on
 LEAST_TURNS = 8  # with those that warm up
+CACHE = 2 << 30  # bytes: more than any second-level cache, and long enough to write for the host to get ahead
 VERSIONS = ("torch", "triton", "transformers", "deepspeed", "tokenizers", "datasets")
 
 
@@ -130,6 +131,12 @@ def turns(count: int, label: str, seconds: float = float("inf")) -> Iterator[int
             print(f"\r{line[:100]:100}", end="" if left else "\r" + " " * 100 + "\r", file=sys.stderr, flush=True)
 
 
+def emptied_cache(device: str) -> Callable[[], object] | None:
+    """What to do `before` a short operation on a GPU: nothing of it is in a cache then, and the host has 0.5 ms to get
+    ahead, so that kernels are timed and not the Python that launches them."""
+    return torch.empty(CACHE, dtype=torch.int8, device=device).zero_ if device == "cuda" else None
+
+
 def alternate(
     contenders: dict[str, Callable[[], object]],
     device: str,
@@ -137,12 +144,14 @@ def alternate(
     warm_up: int = 3,
     label: str = "timing",
     allotted: float = float("inf"),
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of `runs` calls of each, or of as many as the allotted seconds allow; all of them once in every turn."""
+    """Seconds of `runs` calls of each, or of as many as the allotted seconds allow; all of them once in every turn,
+    each after `before`."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in turns(warm_up + runs, label, allotted):
         for name, contender in contenders.items():
-            elapsed = timed(contender, device)
+            elapsed = timed(contender, device, before)
             if turn >= warm_up:
                 seconds[name].append(elapsed)
     return seconds

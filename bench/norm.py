@@ -131,7 +131,7 @@ def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
             actions[name] = action
         except Exception as error:  # a peer that is not installed, or does not work here
             failed[name] = f"{type(error).__name__}: {error}"
-    seconds = machine.alternate(actions, device, runs)
+    seconds = machine.alternate(actions, device, runs, before=machine.emptied_cache(device))
     moved = (8 if size.kind == "residual" else 5) * size.R * size.N * dtype.itemsize
     return {
         "size": size._asdict(),

@@ -72,7 +72,9 @@ def measure(size: Size, device: str, runs: int) -> dict[str, Any]:
         except Exception as error:  # a peer that is not installed, or does not work here
             failed[name] = f"{type(error).__name__}: {error}"
             del contenders[name]
-    seconds = machine.alternate({name: action(r, problem, size) for name, r in contenders.items()}, device, runs)
+    actions = {name: action(rotate, problem, size) for name, rotate in contenders.items()}
+    actions = {name: action(rotate, problem, size) for name, rotate in contenders.items()}
+    seconds = machine.alternate(actions, device, runs, before=machine.emptied_cache(device))
     ours = seconds.get("ours")
     elements = size.B * size.S * (size.H_q + size.H_kv) * size.D
     return {

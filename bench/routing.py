@@ -87,7 +87,9 @@ def _measure(T: int, E: int, K: int, device: str, runs: int, allotted: float) ->
         source = torch.randn(2 * T, E, device=device)
         target = torch.empty_like(source)
         contenders["copy of the same bytes"] = lambda: target.copy_(source)
-    seconds = machine.alternate(contenders, device, runs, label=f"{E} experts", allotted=allotted)
+    seconds = machine.alternate(
+        contenders, device, runs, label=f"{E} experts", allotted=allotted, before=machine.emptied_cache(device)
+    )
     median = {name: statistics.median(times) for name, times in seconds.items()}
     row = {
         "experts": E,

@@ -19,10 +19,12 @@ import argparse
 import functools
 import gc
 import importlib
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,7 +79,10 @@ def main() -> None:
                 if time.monotonic() > deadline:
                     print(f"{name}, {load}: not begun, the time is up")
                     continue
-                row = compare_apart(config_of(size, "bf16"), size["batch"], options.runs, "cuda", load)
+                # In a process of its own, as Liger changes transformers' modules for good.
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+                    asked = config_of(size, "bf16"), size["batch"], options.runs, "cuda", load
+                    row = own.submit(compare_apart, *asked).result()
                 result = {"precision": "bf16", "runs": options.runs, "name": name, "routing": load, **size, **row}
                 print(machine.write(f"training_step_cuda_{name}_{load}", result), flush=True)
         return

@@ -8,8 +8,8 @@ A device takes the entries of the newest generation that is not newer than itsel
 the numbers of a tile are, the operation's own `tiles.py` says; where it can choose between implementations, their names
 stand in the place of numbers, the fastest first. `python -m bench.tune` searches for better tiles on a
 GPU and keeps what it finds in one file of the same form for all operations, whose kernels have different names:
-`~/.cache/ava_kernels/tiles.json` (`AVA_KERNELS_CACHE` names another folder). It goes before the tables. Nothing is
-searched for while a model trains.
+`~/.cache/ava_kernels/tiles.json` (`AVA_KERNELS_CACHE` names another folder). It goes before the tables, on devices of
+the very generation that an entry is for. Nothing is searched for while a model trains.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def _entry(shipped: Path, kernel: str, generation: str, problems: tuple[str, ...
     for path in (cache_file(), shipped):
         table = _read(path)
         generations = [name for name in table if name.startswith("sm_") and int(name[3:]) <= int(generation[3:])]
+        if path != shipped:  # what was measured on another generation says nothing of this one
+            generations = [name for name in generations if name == generation]
         for name in sorted(generations, key=lambda name: int(name[3:]), reverse=True):
             entries = table[name].get(kernel, {})
             for problem in problems:

@@ -68,7 +68,8 @@ def small_blocks(triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tile: list[int]) -> None:
     entries = {f"{bits} bit{odd}": tile for bits in (16, 32) for odd in ("", ", odd", ", unaligned")}
-    (folder / "tiles.json").write_text(json.dumps({"sm_80": dict.fromkeys(KERNELS, entries)}))
+    table = {generation: dict.fromkeys(KERNELS, entries) for generation in ("sm_80", "sm_90")}
+    (folder / "tiles.json").write_text(json.dumps(table))
     monkeypatch.setenv("AVA_KERNELS_CACHE", str(folder))
     forget_tiles()
 

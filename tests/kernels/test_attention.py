@@ -446,6 +446,27 @@ def test_positions_of_one_row_are_those_of_all(backend):
     assert torch.equal(apply_rotary(q, cos, sin, position_ids=row), apply_rotary(q, cos, sin, position_ids=row[0]))
 
 
+def test_float32_is_multiplied_as_torch_was_told_by_whichever_of_its_ways(triton_backend):
+    """After one of them, the question that belongs to the other raises."""
+    from ava_kernels.dot import float32_is_exact
+
+    matmul = torch.backends.cuda.matmul
+    tensors = [torch.randn(1, 20, 2, 16) for _ in range(3)]
+    try:
+        assert float32_is_exact()
+        for told in ("tf32", "ieee"):
+            matmul.fp32_precision = told
+            assert float32_is_exact() == (told == "ieee")
+            rope_attention(*tensors)
+        matmul.fp32_precision = "none"
+        for told in ("high", "highest"):
+            torch.set_float32_matmul_precision(told)
+            assert float32_is_exact() == (told == "highest")
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_keeps_rotated_queries_and_keys_instead_of_the_given_ones(triton_backend):
     q, k, v = inputs(20, 20, (4, 2), 16, torch.float16)
     cos, sin = tables(20, 8)

@@ -61,6 +61,46 @@ def assert_right(tensors, cos_sin=(), end=None, **options):
     return ours
 
 
+def test_blocks_behind_a_short_document_fetch_nothing(on_this_cpu, monkeypatch):
+    """The grid has as many for every document as the longest needs."""
+    fetched = []
+    for producer in (hopper_forward._forward_producer, hopper_backward._backward_producer):
+        names = gluon_on_cpu.names_of(producer)
+        fetch = names["fetch"]
+        monkeypatch.setitem(names, "fetch", lambda *given, fetch=fetch: fetched.append(1) or fetch(*given))
+    cu = torch.tensor([0, 100, 200], dtype=torch.int32)
+    counts = []
+    for longest in (100, 1000):
+        tensors = [t[0].detach().requires_grad_() for t in inputs(200, 200)]
+        fetched.clear()
+        out = rope_attention(*tensors, cu_seqlens=cu, max_seqlen=longest, backend="hopper")
+        forward = len(fetched)
+        torch.autograd.grad(out.sum(), tensors)
+        counts.append((forward, len(fetched) - forward))
+    (forward, backward), (forward_of_more, backward_of_more) = counts
+    assert forward_of_more == forward
+    own = 7 * 2 * 3 * 4  # of 7 more blocks of 2 documents, for 2 heads of queries and 1 of keys, what they keep
+    assert backward_of_more == backward + own
+
+
+def test_tensors_that_tma_cannot_fetch_where_they_lie(on_this_cpu):
+    """Cut out of a flat one, so that they begin in its midst; or with strides that say nothing, of one row."""
+    tensors = inputs(70, 70)
+    upstreams = torch.randn(tensors[0].shape), torch.randn(1, 2, 70)
+    expected = all_of(tensors, upstreams, backend="hopper")
+    cut = []
+    for t in tensors:
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype)
+        flat[1:] = t.detach().flatten()
+        cut.append(flat[1:].view(t.shape).requires_grad_())
+        assert cut[-1].is_contiguous()
+        assert cut[-1].data_ptr() % 16
+    for a, b in zip(all_of(cut, upstreams, backend="hopper"), expected, strict=True):
+        assert torch.equal(a, b)
+    one = torch.empty_strided((1, 64, 1, 64), (1, 64, 1, 1), dtype=torch.float16)
+    assert hopper._for_tma(one).stride() == (4096, 64, 64, 1)
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize(
     ("S_q", "S_k", "options"),

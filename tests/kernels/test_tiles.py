@@ -69,6 +69,8 @@ def test_ones_own_file_goes_first_and_a_pinned_problem_before_all_others(tmp_pat
     assert tile(E=32) == Tile(*general)
     assert tile(I=1000) == Tile(*odd)
     assert tile("grouped_mm") != Tile(*general)  # the table's
+    own(tmp_path, {"sm_80": {"up": {"16 bit": general}}})  # in a folder that machines with other GPUs share
+    assert tile() == shipped
     own(tmp_path, {})
     assert tile() == shipped
 

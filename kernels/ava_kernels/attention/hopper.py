@@ -82,8 +82,8 @@ def forward(
         hopper_forward._hopper_forward[(blocks * sequences * H_q,)](
             q,
             *q.stride()[:3],
-            _heads(k, ring.rows),
-            _heads(v, ring.rows),
+            _heads(_for_tma(k), ring.rows),
+            _heads(_for_tma(v), ring.rows),
             *_table(cos, sin, position),
             out,
             rotated_q if rotated_q.numel() else None,
@@ -131,6 +131,7 @@ def backward(
     if not some:
         return dq, dk, dv
     delta = kernels.delta(out, dout, dlse)
+    q, k, v, dout = (_for_tma(t) for t in (q, k, v, dout))
     fused = cos is not None and 2 * cos.shape[1] == D and D in PADDED
     table = (cos, sin, position) if fused else (None, None, None)
     arguments = lse, delta, *_table(*table)
@@ -162,11 +163,17 @@ def backward(
     return dq, dk, dv
 
 
-def _heads(x: Tensor, rows: int) -> TensorDescriptor:
-    """(B, S, H, D) as tiles of so many rows of one head, padded to a power of two; what lies outside of x is 0."""
+def _for_tma(x: Tensor) -> Tensor:
+    """x (B, S, H, D), or a copy of what TMA cannot fetch. (Not `contiguous`: it has nothing against where x begins, nor
+    against any stride of a dimension of one.)"""
     strides = [stride * x.element_size() for stride in x.stride()[:3]]
     if x.stride(3) != 1 or x.data_ptr() % 16 or any(stride % 16 or stride == 0 for stride in strides):
-        x = x.contiguous()  # what TMA cannot fetch
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    return x
+
+
+def _heads(x: Tensor, rows: int) -> TensorDescriptor:
+    """What `_for_tma` gives as tiles of so many rows of one head, padded to a power of two; what lies outside is 0."""
     tile = [1, rows, 1, _padded(x.shape[3])]
     layout = gl.NVMMASharedLayout.get_default_for(tile, gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout)

@@ -32,8 +32,8 @@ def _span(
     first, length, shift, others, below, above, HAS_BELOW: gl.constexpr, HAS_ABOVE: gl.constexpr, STEP: gl.constexpr
 ):
     """What the 128 rows from `first` on, of `length`, meet, when row i meets i + shift - below … i + shift + above of
-    the others → the first tile's first, how many tiles of STEP; the first that all rows meet, and the first behind it
-    that not all meet."""
+    the others → the first tile's first, how many tiles of STEP, none where a packed document is too short to have such
+    rows; the first that all rows meet, and the first behind it that not all meet."""
     last = gl.minimum(first + 2 * GROUP, length) - 1
     start, end = 0, others
     whole_start, whole_end = 0, others
@@ -43,7 +43,8 @@ def _span(
     if HAS_ABOVE:
         end = gl.minimum(last + shift + above + 1, others)
         whole_end = gl.minimum(first + shift + above + 1, others)
-    return start, gl.cdiv(gl.maximum(end - start, 0), STEP), whole_start, whole_end
+    tiles = gl.where(first < length, gl.cdiv(gl.maximum(end - start, 0), STEP), 0)
+    return start, tiles, whole_start, whole_end
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ava_kernels.attention.tiles import Tile, tile_for
-from ava_kernels.dot import tile_dot
+from ava_kernels.dot import float32_is_exact, tile_dot
 from ava_kernels.rotary import kernels as rotary
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -176,7 +176,7 @@ def _table_strides(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int]:
 
 
 def _constants(q: Tensor, cos: Tensor | None, shape: Shape, tile: Tile) -> dict[str, Any]:
-    exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = q.dtype != torch.float32 or float32_is_exact()
     return {
         "scale": shape.scale,
         "softcap": shape.softcap,

@@ -12,13 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ava_kernels.rotary.op import apply_rotary
 
-# On Hopper cuDNN's goes before FlashAttention 2, which torch would choose.
-ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# On Hopper cuDNN's goes before FlashAttention 2, which torch would choose. It makes a plan for every new shape, which
+# may take half a second; where a sequence grows token by token, each has a shape of its own.
+OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WHOLE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *OTHERS]
+GROWING = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *OTHERS]
 
 
 def attention(
@@ -44,5 +42,5 @@ def attention(
     elif causal and S_q > 1:  # torch's own causal mask is aligned to the top left
         options["attn_mask"] = torch.ones(S_q, S_k, dtype=torch.bool, device=q.device).tril(S_k - S_q)
     q_BHSD, k_BHSD, v_BHSD = (t.transpose(1, 2) for t in (q, k, v))
-    with sdpa_kernel(ORDER, set_priority=True):
+    with sdpa_kernel(WHOLE if S_q == S_k else GROWING, set_priority=True):
         return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, scale=scale, **options).transpose(1, 2)

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ava_kernels.dot import tile_dot
+from ava_kernels.dot import float32_is_exact, tile_dot
 from ava_kernels.experts import row_kernels
 from ava_kernels.experts.reference import GATED
 from ava_kernels.experts.tiles import Tile, tile_for
@@ -337,7 +337,7 @@ def _grid(t: Tile, device: torch.device, N: int, E: int, columns: int) -> tuple[
 def _constants(t: Tile, x: Tensor, E: int, *sizes: int) -> dict[str, Any]:
     """What all products are compiled with. float32 is multiplied as torch multiplies it. UNIT elements, a power of two,
     divide x's row stride and all sizes: wide loads need to know."""
-    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = x.dtype != torch.float32 or float32_is_exact()
     return {
         "PRECISION": "ieee" if exact else "tf32",
         "UNIT": math.gcd(16, x.stride(0), *sizes),

@@ -247,8 +247,12 @@ def _layout(E: int, num_groups: int) -> dict[str, int]:
 
 
 def _processors(device: torch.device) -> int:
-    """How many programs of a persistent grid are resident for certain: one a processor; in the interpreter, one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """How many programs a persistent grid has whose programs wait for each other: one on each of three quarters of the
+    processors, as a collective may hold some of the others for as long as another rank is not there. Without a GPU: an
+    H200's, or in the interpreter, which runs one after the other, one."""
+    if device.type == "cuda":
+        return max(1, torch.cuda.get_device_properties(device).multi_processor_count * 3 // 4)
+    return 99 if device.type == "meta" else 1
 
 
 @triton.jit
