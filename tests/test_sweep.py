@@ -51,17 +51,19 @@ def test_a_sweep_is_interrupted_gone_on_with_and_compared(tmp_path: Path, capsys
     file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"), training={"max_steps": 6})
     arguments = ["sweep", "--config", str(file), "--set", "training.learning_rate=1e-6,0.01"]
     arguments += ["--output", str(tmp_path / "sweep")]
+    output = tmp_path / "output"
     process = subprocess.Popen(
         [sys.executable, "-m", "ava_fast.cli", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=output.open("wb"),
+        stderr=subprocess.STDOUT,
     )
     slow = tmp_path / "sweep" / "training.learning_rate=1e-6"
     while not list(slow.glob("runs/run_*/report.md")) and process.poll() is None:
         time.sleep(0.02)
+    interrupted_at = time.time()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75
+    assert process.wait(60) == 75, (interrupted_at, output.read_text(), *map(os.stat, tmp_path.rglob("report.md")))
     ran = list(slow.glob("runs/run_*"))
     time.sleep(1.1)  # a run anew would have another name
 
