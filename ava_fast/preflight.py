@@ -124,7 +124,21 @@ def _memory(config: Config, world_size: int) -> str:
             f"{parameters:,} parameters need {needed / GIB:.1f} GiB a rank before any activation, {free / GIB:.1f} GiB "
             f"are {where}; raise deepspeed.zero_stage, add ranks, {less}choose a smaller model"
         )
+    if gpu:
+        _host_memory(parameters, config)
     return f"{parameters:,} parameters, {needed / GIB:.2f} GiB a rank without activations, {free / GIB:.1f} GiB {where}"
+
+
+def _host_memory(parameters: int, config: Config) -> None:
+    """Every rank makes the model on its host, in fp32, before it goes to the GPU; with given weights beside these."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = (8 if config.training.init_from else 4) * parameters * ranks
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"{parameters:,} parameters need {needed / GIB:.1f} GiB of the host's memory while {ranks} ranks make the "
+            f"model; {available / GIB:.1f} GiB are available: start fewer ranks here, or choose a smaller model"
+        )
 
 
 def _output(config: Config) -> str:

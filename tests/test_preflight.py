@@ -11,6 +11,7 @@ from corpus import write_config, write_corpus
 from ava_fast import cli, preflight
 from ava_fast.config import Config, load_config
 from ava_fast.engine import Engine, close_distributed, init_distributed
+from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
 
 
@@ -85,6 +86,26 @@ def test_memory_is_compared_with_what_a_rank_can_have(config: Path, monkeypatch:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(1_000_000))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "memory" in failing(load_config(config))
+
+
+def test_the_host_must_have_room_for_what_its_ranks_build(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(There is no GPU here: one with 80 GiB is imagined.)"""
+    memory = namedtuple("memory", ["available"])
+    settings = load_config(config)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(settings).parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(3 * 4 * parameters))
+    for ranks, init_from, fits in ((3, None, True), (4, None, False), (1, "weights", True), (2, "weights", False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        training = settings.training.model_copy(update={"init_from": init_from})
+        asked = settings.model_copy(update={"training": training})
+        if fits:
+            preflight._memory(asked, ranks)
+            continue
+        with pytest.raises(UserError, match=f"of the host's memory while {ranks} ranks make the model"):
+            preflight._memory(asked, ranks)
 
 
 @pytest.mark.parametrize(
