@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,12 @@ def range_test(
     config: Config, shards: Any, start: float, end: float, steps: int, weights: dict[str, torch.Tensor] | None
 ) -> RangeTest:
     """Trains `steps` steps with rates from `start` to `end`, fewer if the loss diverges. Collective; leaves nothing."""
+    from ava_fast.distributed.rank_0 import on_rank_0
     from ava_fast.trainer import Trainer
 
-    with tempfile.TemporaryDirectory(prefix="ava-fast-find-lr-") as folder:
+    with ExitStack() as stack:
+        # One for all ranks, as a step that lacks memory may go through a checkpoint there.
+        folder = on_rank_0(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="ava-fast-find-lr-")))
         trainer = Trainer(_for_test(config, steps), Path(folder), shards, weights)
         trainer.rate = lambda step: start * (end / start) ** (step / (steps - 1))
         rates: list[float] = []

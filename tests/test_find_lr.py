@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 from corpus import write_config, write_corpus
+from distributed import run_on_ranks
 from launch import launch, only_run
 
-from ava_fast import cli
-from ava_fast.config import load_config
+from ava_fast import cli, find_lr, train, trainer
+from ava_fast.config import Config, load_config
+from ava_fast.engine import close_distributed, init_distributed
 from ava_fast.errors import UserError
 from ava_fast.find_lr import RangeTest, savitzky_golay, set_in_file
 
@@ -115,3 +119,30 @@ def test_what_cannot_be_tested_is_refused(
     file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
     assert cli.main(["find-lr", "--config", str(file), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def range_of(file: str) -> tuple[list[float], str, bool]:
+    """Runs on every rank → the losses, the folder that it had, and whether that is there afterwards."""
+    config = load_config(file)
+    init_distributed(config)
+    folders = []
+
+    class Noted(trainer.Trainer):
+        def __init__(self, config: Config, run_folder: Path, *others: Any):
+            folders.append(run_folder)
+            super().__init__(config, run_folder, *others)
+
+    trainer.Trainer = Noted  # type: ignore[misc]
+    found = find_lr.range_test(config, train.prepare_data(config), 1e-5, 1e-2, 4, None)
+    dist.barrier()
+    close_distributed()
+    return found.losses, str(folders[0]), folders[0].exists()
+
+
+def test_all_ranks_have_one_folder(tmp_path: Path) -> None:
+    """Through it goes a step that does not fit into memory; nothing is left of it."""
+    file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
+    first, second = run_on_ranks(range_of, 2, str(file))
+    assert first == second
+    assert len(first[0]) == 4
+    assert not first[2]
