@@ -188,7 +188,9 @@ def _tell_restart(past: elastic.Past) -> None:
 
 def _examine(config: Config) -> None:
     """Every rank's machine. Collective; raises UserError on every rank."""
-    rows = [Check(*row) for row in examine(config)]
+    with Watch(config.distributed) as watch:  # a GPU that is broken may well hang here
+        watch.enter("start")
+        rows = [Check(*row) for row in examine(config)]
     failed = [f"{row.name}: {row.detail}" for row in rows if not row.ok]
     if _rank() == 0 and (failed or config.distributed.health_checks == "full"):
         say(table(rows))

@@ -108,6 +108,23 @@ def test_a_rank_that_hangs_ends_itself_and_says_where(tmp_path: Path) -> None:
     assert "in hang" in said
 
 
+def hang_in_the_checks(file: str) -> None:
+    """Runs on every rank: rank 1's device never answers."""
+    config = load_config(file, ["distributed.timeout_start=1"])
+    init_distributed(config)
+    if dist.get_rank() == 1:
+        machine.matmul_speed = lambda *arguments: time.sleep(60) or 0.0
+    train._examine(config)
+
+
+def test_a_machine_that_hangs_when_it_is_looked_at_is_ended(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        run_on_ranks(hang_in_the_checks, 2, str(file))
+    assert time.monotonic() - began < 40
+
+
 def test_a_collective_that_takes_too_long_leaves_a_record(tmp_path: Path) -> None:
     file = write_config(tmp_path / "c.yaml", write_corpus(tmp_path / "text"))
     config = load_config(file, OVERRIDES)
