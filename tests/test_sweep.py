@@ -61,9 +61,8 @@ def test_a_sweep_is_interrupted_gone_on_with_and_compared(tmp_path: Path, capsys
     slow = tmp_path / "sweep" / "training.learning_rate=1e-6"
     while not list(slow.glob("runs/run_*/report.md")) and process.poll() is None:
         time.sleep(0.02)
-    interrupted_at = time.time()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75, (interrupted_at, output.read_text(), *map(os.stat, tmp_path.rglob("report.md")))
+    assert process.wait(60) == 75, output.read_text()
     ran = list(slow.glob("runs/run_*"))
     time.sleep(1.1)  # a run anew would have another name
 
