@@ -20,7 +20,7 @@ from ava_fast.config import load_config
 from ava_fast.data.prepare import prepare
 from ava_fast.distributed import health
 from ava_fast.engine import close_distributed, init_distributed
-from ava_fast.errors import TrainingError
+from ava_fast.errors import Interrupted, LostRank, TrainingError
 from ava_fast.observe.report import write_report
 from ava_fast.observe.run import read_metrics
 from ava_fast.stability import failures
@@ -154,6 +154,22 @@ def test_a_disk_that_stays_away_costs_the_batch_and_then_ends_the_run_where_it_m
     assert (verdict["trouble"], verdict["verdict"], verdict["step"]) == ("batch not readable", "SKIP", 1)
     assert "Stale file handle" in verdict["culprits"][0]["errors"][0]
     assert loader.position == 5 * 8
+
+
+def test_a_broken_gpu_ends_the_run_resumably_and_no_batch_is_blamed(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every further call would fail as well: nothing is skipped, and the batch is read again."""
+
+    def broken(batch: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer, "_forward", broken)
+    with pytest.raises(LostRank, match="illegal memory access") as lost:
+        trainer.run()
+    assert lost.value.exit_code == Interrupted.exit_code
+    assert store.avoided(tmp_path / "checkpoints") == []
+    assert not trainer.judge.counts
 
 
 def stuck() -> None:
