@@ -304,8 +304,11 @@ def test_each_tensor_is_asked_to_be_page_locked_by_the_thread_that_reads_ahead(
 
 def test_the_reading_thread_ends_with_its_loader() -> None:
     def threads() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+        started = [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+        return [thread for thread in started if thread not in others]
 
+    others: list[threading.Thread] = []
+    others = threads()  # of earlier tests' loaders, which nobody has collected yet
     with shards([[number] * 9 for number in range(40)]) as folder:
         closed, dropped = (TokenLoader(folder, max_length=4, batch_size=4, seed=2, prefetch=3) for _ in range(2))
         for loader in (closed, dropped):

@@ -166,7 +166,11 @@ def rotated(x, cos, sin, interleaved, position_ids=None):
 
 
 @pytest.mark.parametrize(
-    "options", [{"softcap": 2.0}, {"softmax_scale": 0.7}, {"softcap": 5.0, "window_size": (9, -1)}]
+    "options",
+    [
+        *({"softmax_scale": scale} for scale in (0.7, -0.7, 0.0)),
+        *({"softcap": 2.0, **more} for more in ({}, {"softmax_scale": -0.7}, {"window_size": (9, -1)})),
+    ],
 )
 def test_softcap_and_scale(backend, options):
     tensors = inputs(35, 35, (2, 1), dtype=torch.float32, batch=1)

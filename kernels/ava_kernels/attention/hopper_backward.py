@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ava_kernels.attention.hopper_forward import LOG2E, _part, _scores, _seen, _sequence, _span
+from ava_kernels.attention.hopper_forward import LOG2E, _part, _range, _scores, _seen, _sequence, _span, _unit
 from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
@@ -95,10 +95,12 @@ def _dkdv_consumer(
     k_own = own_smem.index(NUMBER).reshape([GROUP, D])
     v_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
     n_N = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
+    start_N, end_N = _range(n_N, len_k, len_q - len_k, len_q, right, left, HAS_RIGHT, HAS_LEFT)
     tile_M = gl.arange(0, BM, layout=gl.SliceLayout(0, scores))
     zero_NM = gl.zeros([GROUP, BM], gl.float32, scores)
     dk_ND = gl.zeros([GROUP, D], gl.float32, heads)
     dv_ND = gl.zeros([GROUP, D], gl.float32, heads)
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     mbarrier.wait(own_full, 0)
     for i in range(q_per_kv * tiles):
         stage, phase = i % STAGES, i // STAGES & 1
@@ -117,10 +119,9 @@ def _dkdv_consumer(
         dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
         s_NM, slope = _scores(product_NM, scale, softcap, HAS_SOFTCAP)
-        p_NM = gl.exp2(s_NM - lse_M[None, :])
+        p_NM = gl.exp2(s_NM * unit - lse_M[None, :])
         if (m < whole_start) | (m + BM > whole_end):
-            seen_NM = _seen(m_M[None, :], n_N[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-            p_NM = gl.where(seen_NM, p_NM, 0.0)
+            p_NM = gl.where(_seen(start_N, end_N, m_M, HAS_RIGHT), p_NM, 0.0)
         dv_sum = hopper.warpgroup_mma(gl.convert_layout(p_NM.to(dtype), weights), dout_MD, dv_ND, is_async=True)
         delta_M = gl.load(delta + row + m_M, mask=there_M, other=0.0)  # late: registers are few
         dp_NM = hopper.warpgroup_mma_wait(1, deps=(dweight,))
@@ -155,11 +156,13 @@ def _dq_consumer(
     q_own = own_smem.index(NUMBER).reshape([GROUP, D])
     dout_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
     m_M = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
+    start_M, end_M = _range(m_M, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
     lse_M = gl.load(lse + m_M, mask=m_M < len_q, other=0.0) * LOG2E
     delta_M = gl.load(delta + m_M, mask=m_M < len_q, other=0.0)
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     dq_MD = gl.zeros([GROUP, D], gl.float32, heads)
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     mbarrier.wait(own_full, 0)
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
@@ -174,10 +177,9 @@ def _dq_consumer(
         dweight = hopper.warpgroup_mma(dout_own, v_ND.permute((1, 0)), zero_MN, use_acc=False, is_async=True)
         product_MN = hopper.warpgroup_mma_wait(1, deps=(product,))
         s_MN, slope = _scores(product_MN, scale, softcap, HAS_SOFTCAP)
-        p_MN = gl.exp2(s_MN - lse_M[:, None])
+        p_MN = gl.exp2(s_MN * unit - lse_M[:, None])
         if (n < whole_start) | (n + BN > whole_end):
-            seen_MN = _seen(m_M[:, None], (n + tile_N)[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-            p_MN = gl.where(seen_MN, p_MN, 0.0)
+            p_MN = gl.where(_seen(start_M, end_M, n + tile_N, HAS_LEFT), p_MN, 0.0)
         dp_MN = hopper.warpgroup_mma_wait(0, deps=(dweight,))
         ds_MN = gl.convert_layout((p_MN * (dp_MN - delta_M[:, None]) * slope).to(dtype), weights)
         dq_sum = hopper.warpgroup_mma(ds_MN, k_ND, dq_MD, is_async=True)

@@ -101,40 +101,54 @@ def _load_rotated(
 
 @gluon.jit
 def _scores(product, scale, softcap, HAS_SOFTCAP: gl.constexpr):
-    """→ scores in units of log 2, and their slope along scale · product."""
+    """→ scores before their unit, and the slope of those with it along scale · product."""
     if HAS_SOFTCAP:
-        tanh = 1.0 - 2.0 / (gl.exp(2.0 * (product * scale / softcap)) + 1.0)
-        scores, slope = tanh * (softcap * LOG2E), 1.0 - tanh * tanh
+        scores = 1.0 - 2.0 / (gl.exp2(product * (scale / softcap * (2.0 * LOG2E))) + 1.0)  # tanh
+        slope = 1.0 - scores * scores
     else:
-        scores, slope = product * (scale * LOG2E), 1.0
+        scores, slope = product, 1.0
     return scores, slope
 
 
 @gluon.jit
-def _seen(m, n, len_q, len_k, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """→ (A, B): which keys n a query m sees; one of them is (A, 1), the other (1, B)."""
-    seen = (m < len_q) & (n < len_k)
-    if HAS_LEFT:
-        seen = seen & (n >= m + (len_k - len_q - left))
-    if HAS_RIGHT:
-        seen = seen & (n <= m + (len_k - len_q + right))
-    return seen
+def _unit(scale, softcap, HAS_SOFTCAP: gl.constexpr):
+    """→ what makes scores those of powers of 2, above 0. It is left to the exponential, which multiplies by it in the
+    instruction that subtracts."""
+    return (softcap if HAS_SOFTCAP else scale) * LOG2E
+
+
+@gluon.jit
+def _range(place_A, length, shift, others, below, above, HAS_BELOW: gl.constexpr, HAS_ABOVE: gl.constexpr):
+    """→ the first and the end of the others that each row meets, when row i meets i + shift - below … i + shift +
+    above of them, and rows behind the last none: two comparisons an element at most."""
+    start_A = place_A + (shift - below) if HAS_BELOW else place_A * 0
+    end_A = gl.minimum(place_A + (shift + above + 1), others) if HAS_ABOVE else place_A * 0 + others
+    return start_A, gl.where(place_A < length, end_A, 0)
+
+
+@gluon.jit
+def _seen(start_A, end_A, others_B, HAS_BELOW: gl.constexpr):
+    """→ (A, B): which of the others the rows of such ranges meet."""
+    seen_AB = others_B[None, :] < end_A[:, None]
+    if HAS_BELOW:
+        seen_AB = seen_AB & (others_B[None, :] >= start_A[:, None])
+    return seen_AB
 
 
 @gluon.jit
 def _softmax_step(
-    product_MN, row_max_M, row_sum_M, m_M, n_N, masked, len_q, len_k, scale, softcap, left, right,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    product_MN, row_max_M, row_sum_M, start_M, end_M, n_N, masked, scale, softcap,
+    HAS_LEFT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One tile of the online softmax → its weights p, the rows' new maximum and sum, the factor for earlier sums."""
     s_MN, _ = _scores(product_MN, scale, softcap, HAS_SOFTCAP)
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     if masked:
-        seen_MN = _seen(m_M[:, None], n_N[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-        s_MN = gl.where(seen_MN, s_MN, float("-inf"))
+        s_MN = gl.where(_seen(start_M, end_M, n_N, HAS_LEFT), s_MN, float("-inf"))
     new_max_M = gl.maximum(row_max_M, gl.max(s_MN, 1))
-    base_M = gl.where(new_max_M == float("-inf"), 0.0, new_max_M)  # nothing seen yet
-    p_MN = gl.exp2(s_MN - base_M[:, None])
-    rescale_M = gl.exp2(row_max_M - base_M)
+    base_M = gl.where(new_max_M == float("-inf"), 0.0, new_max_M * unit)  # nothing seen yet
+    p_MN = gl.exp2(s_MN * unit - base_M[:, None])
+    rescale_M = gl.exp2(row_max_M * unit - base_M)
     return p_MN, new_max_M, row_sum_M * rescale_M + gl.sum(p_MN, 1), rescale_M
 
 
@@ -176,6 +190,7 @@ def _forward_consumer(
 
     m_M = first + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     tile_N = gl.arange(0, BN, layout=gl.SliceLayout(0, scores))
+    start_M, end_M = _range(m_M, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
     row_max_M = gl.full([GROUP], float("-inf"), gl.float32, gl.SliceLayout(1, scores))
     row_sum_M = gl.full([GROUP], 0.0, gl.float32, gl.SliceLayout(1, scores))
     out_MD = gl.zeros([GROUP, D], gl.float32, heads)
@@ -189,8 +204,8 @@ def _forward_consumer(
         mbarrier.arrive(k_empty.index(0))
         masked = (start < whole_start) | (start + BN > whole_end)
         p_MN, row_max_M, row_sum_M, rescale_M = _softmax_step(
-            product_MN, row_max_M, row_sum_M, m_M, start + tile_N, masked, len_q, len_k, scale, softcap, left, right,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            product_MN, row_max_M, row_sum_M, start_M, end_M, start + tile_N, masked, scale, softcap,
+            HAS_LEFT, HAS_SOFTCAP,
         )  # fmt: skip
         p_MN = gl.convert_layout(p_MN.to(dtype), weights)
         for tile in range(1, tiles):
@@ -209,8 +224,8 @@ def _forward_consumer(
             n = start + tile * BN
             masked = (n < whole_start) | (n + BN > whole_end)
             p_MN, row_max_M, row_sum_M, rescale_M = _softmax_step(
-                product_MN, row_max_M, row_sum_M, m_M, n + tile_N, masked, len_q, len_k, scale, softcap, left, right,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                product_MN, row_max_M, row_sum_M, start_M, end_M, n + tile_N, masked, scale, softcap,
+                HAS_LEFT, HAS_SOFTCAP,
             )  # fmt: skip
             p_MN = gl.convert_layout(p_MN.to(dtype), weights)
             out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
@@ -226,10 +241,11 @@ def _forward_consumer(
         out_MD = hopper.warpgroup_mma_wait(0, deps=(adding,))
     empty_M = row_max_M == float("-inf")
     row_sum_M = gl.where(empty_M, 1.0, row_sum_M)
-    out_MD = out_MD / gl.convert_layout(row_sum_M, gl.SliceLayout(1, heads))[:, None]
+    out_MD = out_MD * gl.convert_layout(1.0 / row_sum_M, gl.SliceLayout(1, heads))[:, None]
     q_own.store(out_MD.to(dtype))  # nobody reads the queries any more
     gl.store(out + at_MD, q_own.load(rows), mask=part_MD)
-    lse_M = gl.where(empty_M, float("-inf"), (row_max_M + gl.log2(row_sum_M)) / LOG2E)
+    lse_M = row_max_M * _unit(scale, softcap, HAS_SOFTCAP) + gl.log2(row_sum_M)
+    lse_M = gl.where(empty_M, float("-inf"), lse_M / LOG2E)
     gl.store(lse + m_M, lse_M, mask=m_M < len_q)
 
 

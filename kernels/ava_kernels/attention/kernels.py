@@ -302,25 +302,38 @@ def _store_unrotated(
 
 @triton.jit
 def _scores(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """→ scores in units of log 2, and their slope along scale · product."""
+    """→ scores before their unit, and the slope of those with it along scale · product."""
     if HAS_SOFTCAP:
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * (product * scale / softcap)) + 1.0)
-        s, slope = tanh * (softcap * LOG2E), 1.0 - tanh * tanh
+        s = 1.0 - 2.0 / (tl.exp2(product * (scale / softcap * (2.0 * LOG2E))) + 1.0)  # tanh
+        slope = 1.0 - s * s
     else:
-        s, slope = product * (scale * LOG2E), 1.0
+        s, slope = product, 1.0
     return s, slope
 
 
 @triton.jit
-def _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """→ (M, N): which keys a query sees. Windows are aligned to the bottom right: the last query at the last key."""
-    diagonal_M = m_M + (len_k - len_q)
-    seen_MN = (m_M < len_q)[:, None] & (n_N < len_k)[None, :]
-    if HAS_LEFT:
-        seen_MN = seen_MN & (n_N[None, :] >= diagonal_M[:, None] - left)
-    if HAS_RIGHT:
-        seen_MN = seen_MN & (n_N[None, :] <= diagonal_M[:, None] + right)
-    return seen_MN
+def _unit(scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """→ what makes scores those of powers of 2, above 0. It is left to the exponential, which multiplies by it in the
+    instruction that subtracts."""
+    return (softcap if HAS_SOFTCAP else scale) * LOG2E
+
+
+@triton.jit
+def _range(place_A, length, shift, others, below, above, HAS_BELOW: tl.constexpr, HAS_ABOVE: tl.constexpr):
+    """→ the first and the end of the others that each row meets, when row i meets i + shift - below … i + shift +
+    above of them, and rows behind the last none: two comparisons an element at most."""
+    start_A = place_A + (shift - below) if HAS_BELOW else place_A * 0
+    end_A = tl.minimum(place_A + (shift + above + 1), others) if HAS_ABOVE else place_A * 0 + others
+    return start_A, tl.where(place_A < length, end_A, 0)
+
+
+@triton.jit
+def _seen(start_A, end_A, others_B, HAS_BELOW: tl.constexpr):
+    """→ (A, B): which of the others the rows of such ranges meet."""
+    seen_AB = others_B[None, :] < end_A[:, None]
+    if HAS_BELOW:
+        seen_AB = seen_AB & (others_B[None, :] >= start_A[:, None])
+    return seen_AB
 
 
 @triton.jit
@@ -344,12 +357,12 @@ def _spans(
 
 @triton.jit
 def _attend(
-    q_MD, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, m_M, row_max_M, row_sum_M, out_MD,
-    len_q, len_k, scale, softcap, left, right, D: tl.constexpr, D_PADDED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr,
+    q_MD, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, start_M, end_M,
+    row_max_M, row_sum_M, out_MD, len_k, scale, softcap, D: tl.constexpr, D_PADDED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The softmax goes on over the keys start … end-1 → largest score, sum and output so far."""
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     for n in range(start, end, BN):
         n_N = n + tl.arange(0, BN)
         there_N = n_N < len_k
@@ -357,12 +370,11 @@ def _attend(
         s_MN = tile_dot(q_MD, tl.trans(k_ND), None, PRECISION)
         s_MN, _ = _scores(s_MN, scale, softcap, HAS_SOFTCAP)
         if (n < whole_start) | (n + BN > whole_end):
-            seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-            s_MN = tl.where(seen_MN, s_MN, float("-inf"))
+            s_MN = tl.where(_seen(start_M, end_M, n_N, HAS_LEFT), s_MN, float("-inf"))
         new_max_M = tl.maximum(row_max_M, tl.max(s_MN, axis=1))
-        base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)  # nothing seen yet
-        p_MN = tl.exp2(s_MN - base_M[:, None])
-        rescale_M = tl.exp2(row_max_M - base_M)
+        base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M * unit)  # nothing seen yet
+        p_MN = tl.exp2(s_MN * unit - base_M[:, None])
+        rescale_M = tl.exp2(row_max_M * unit - base_M)
         row_sum_M = row_sum_M * rescale_M + tl.sum(p_MN, axis=1)
         v_ND = _load_heads(v, n_N.to(tl.int64) * v_stride_s, there_N, D, D_PADDED)
         out_MD = tile_dot(p_MN.to(v_ND.dtype), v_ND, out_MD * rescale_M[:, None], PRECISION)
@@ -422,20 +434,22 @@ def _forward(
         start, whole_start, whole_end, end = _spans(
             block * BM, last, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT, BN
         )
+        start_M, end_M = _range(m_M, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
         row_max_M = tl.full([BM], float("-inf"), tl.float32)
         row_sum_M = tl.zeros([BM], tl.float32)
         out_MD = tl.zeros([BM, D_PADDED], tl.float32)
         row_max_M, row_sum_M, out_MD = _attend(
-            q_MD, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, m_M, row_max_M, row_sum_M, out_MD,
-            len_q, len_k, scale, softcap, left, right,
-            D, D_PADDED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BN,
+            q_MD, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, start_M, end_M,
+            row_max_M, row_sum_M, out_MD, len_k, scale, softcap, D, D_PADDED, HAS_LEFT, HAS_SOFTCAP, PRECISION, BN,
         )  # fmt: skip
         empty_M = row_max_M == float("-inf")
-        out_MD = out_MD / tl.where(empty_M, 1.0, row_sum_M)[:, None]
+        out_MD = out_MD * (1.0 / tl.where(empty_M, 1.0, row_sum_M))[:, None]
         to_M = ((b * S_q + row_M) * H + h) * D
         mask_MD = there_M[:, None] & (column_D < D)[None, :]
         tl.store(out_ptr + to_M[:, None] + column_D[None, :], out_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
-        lse_M = tl.where(empty_M, float("-inf"), (row_max_M + tl.log2(row_sum_M)) / LOG2E)
+        lse_M = tl.where(
+            empty_M, float("-inf"), (row_max_M * _unit(scale, softcap, HAS_SOFTCAP) + tl.log2(row_sum_M)) / LOG2E
+        )
         tl.store(lse_ptr + (b * H + h) * S_q + row_M, lse_M, mask=there_M)
 
 
@@ -460,12 +474,12 @@ def _delta(
 
 @triton.jit
 def _dkdv_span(
-    k_ND, v_ND, q, q_stride_s, dout, dout_stride_s, lse_ptr, delta_ptr, start, whole_start, whole_end, end, n_N,
-    dk_ND, dv_ND, len_q, len_k, scale, softcap, left, right, D: tl.constexpr, D_PADDED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr,
+    k_ND, v_ND, q, q_stride_s, dout, dout_stride_s, lse_ptr, delta_ptr, start, whole_start, whole_end, end,
+    start_N, end_N, dk_ND, dv_ND, len_q, scale, softcap, D: tl.constexpr, D_PADDED: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries start … end-1 send to a tile of keys. Scores are computed keys by queries."""
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     for m in range(start, end, BM):
         m_M = m + tl.arange(0, BM)
         there_M = m_M < len_q
@@ -473,10 +487,9 @@ def _dkdv_span(
         s_NM = tile_dot(k_ND, tl.trans(q_MD), None, PRECISION)
         s_NM, slope = _scores(s_NM, scale, softcap, HAS_SOFTCAP)
         lse_M = tl.load(lse_ptr + m_M, mask=there_M, other=0.0) * LOG2E
-        p_NM = tl.exp2(s_NM - lse_M[None, :])
+        p_NM = tl.exp2(s_NM * unit - lse_M[None, :])
         if (m < whole_start) | (m + BM > whole_end):
-            seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-            p_NM = tl.where(tl.trans(seen_MN), p_NM, 0.0)
+            p_NM = tl.where(_seen(start_N, end_N, m_M, HAS_RIGHT), p_NM, 0.0)
         dout_MD = _load_heads(dout, m_M.to(tl.int64) * dout_stride_s, there_M, D, D_PADDED)
         dv_ND = tile_dot(p_NM.to(dout_MD.dtype), dout_MD, dv_ND, PRECISION)
         dp_NM = tile_dot(v_ND, tl.trans(dout_MD), None, PRECISION)
@@ -514,6 +527,7 @@ def _dkdv(
         )
         if (block + 1) * BN > len_k:
             whole_end = whole_start  # the keys that are not there must be masked
+        start_N, end_N = _range(n_N, len_k, len_q - len_k, len_q, right, left, HAS_RIGHT, HAS_LEFT)
         dk_ND = tl.zeros([BN, D_PADDED], tl.float32)
         dv_ND = tl.zeros([BN, D_PADDED], tl.float32)
         for member in range(GROUP):
@@ -523,8 +537,8 @@ def _dkdv(
             rows = (b * H + h_q) * S_q + first_q
             dk_ND, dv_ND = _dkdv_span(
                 k_ND, v_ND, q_h, q_stride_s, dout_h, dout_stride_s, lse_ptr + rows, delta_ptr + rows,
-                start, whole_start, whole_end, end, n_N, dk_ND, dv_ND, len_q, len_k, scale, softcap, left, right,
-                D, D_PADDED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BM,
+                start, whole_start, whole_end, end, start_N, end_N, dk_ND, dv_ND, len_q, scale, softcap,
+                D, D_PADDED, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BM,
             )  # fmt: skip
         position_N = n_N
         if position_ptr is not None:
@@ -541,22 +555,21 @@ def _dkdv(
 
 @triton.jit
 def _dq_span(
-    q_MD, dout_MD, lse_M, delta_M, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, m_M,
-    dq_MD, len_q, len_k, scale, softcap, left, right, D: tl.constexpr, D_PADDED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr,
+    q_MD, dout_MD, lse_M, delta_M, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, start_M, end_M,
+    dq_MD, len_k, scale, softcap, D: tl.constexpr, D_PADDED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys start … end-1 send to a tile of queries."""
+    unit = _unit(scale, softcap, HAS_SOFTCAP)
     for n in range(start, end, BN):
         n_N = n + tl.arange(0, BN)
         there_N = n_N < len_k
         k_ND = _load_heads(k, n_N.to(tl.int64) * k_stride_s, there_N, D, D_PADDED)
         s_MN = tile_dot(q_MD, tl.trans(k_ND), None, PRECISION)
         s_MN, slope = _scores(s_MN, scale, softcap, HAS_SOFTCAP)
-        p_MN = tl.exp2(s_MN - lse_M[:, None])
+        p_MN = tl.exp2(s_MN * unit - lse_M[:, None])
         if (n < whole_start) | (n + BN > whole_end):
-            seen_MN = _seen(m_M, n_N, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
-            p_MN = tl.where(seen_MN, p_MN, 0.0)
+            p_MN = tl.where(_seen(start_M, end_M, n_N, HAS_LEFT), p_MN, 0.0)
         v_ND = _load_heads(v, n_N.to(tl.int64) * v_stride_s, there_N, D, D_PADDED)
         dp_MN = tile_dot(dout_MD, tl.trans(v_ND), None, PRECISION)
         ds_MN = p_MN * (dp_MN - delta_M[:, None]) * slope
@@ -595,11 +608,11 @@ def _dq(
         start, whole_start, whole_end, end = _spans(
             block * BM, last, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT, BN
         )
+        start_M, end_M = _range(m_M, len_q, len_k - len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
         dq_MD = tl.zeros([BM, D_PADDED], tl.float32)
         dq_MD = _dq_span(
-            q_MD, dout_MD, lse_M, delta_M, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end, m_M,
-            dq_MD, len_q, len_k, scale, softcap, left, right,
-            D, D_PADDED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BN,
+            q_MD, dout_MD, lse_M, delta_M, k, k_stride_s, v, v_stride_s, start, whole_start, whole_end, end,
+            start_M, end_M, dq_MD, len_k, scale, softcap, D, D_PADDED, HAS_LEFT, HAS_SOFTCAP, PRECISION, BN,
         )  # fmt: skip
         position_M = m_M
         if position_ptr is not None:

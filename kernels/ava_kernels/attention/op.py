@@ -13,6 +13,7 @@ from ava_kernels.backend import check_triton, runs_on_triton
 from ava_kernels.rotary.op import check_cu_seqlens, check_position_ids, check_table, places
 
 MAX_HEAD_DIM = 256
+TINY = torch.finfo(torch.float32).tiny
 Backend = Literal["triton", "hopper", "sdpa", "torch"]
 
 
@@ -158,6 +159,8 @@ def attention(
     """The kernels, of `hopper.py` or `kernels.py`. q (B, S_q, H_q, D), k, v (B, S_k, H_kv, D), position (B, S) int or
     None, B = 1 where `cu_q` and `cu_k` pack documents of at most max_q and max_k tokens; left and right −1 for no limit
     → out like q, and lse (B, H_q, S_q)."""
+    if not softcap and scale < TINY:  # the kernels' running maximum is one of q · k
+        q, scale = (-q, -scale) if scale <= -TINY else (q * 0.0, 1.0)
     keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if position is None and cu_q is not None and cos is not None:
         position = places(cu_q, q.shape[1])[None]
