@@ -19,6 +19,7 @@ from ava_kernels.hopper import GROUP, fetch
 
 COLUMNS: gl.constexpr = gl.constexpr(128)  # of one accumulator
 DEPTH: gl.constexpr = gl.constexpr(64)  # what is multiplied and added at a time
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 SWIZZLE: gl.constexpr = gl.constexpr(8)  # tiles of rows that go through the columns together
 
 
@@ -179,12 +180,17 @@ def _place(row, end, column, limit, stride, UNIT: gl.constexpr, C: gl.constexpr)
 
 
 @gluon.jit
-def _store(to, x_BC, smem, at_BC, here_BC):
-    """Stores (B, C), through shared memory: what a thread has of a product does not lie side by side."""
+def _by_rows(x_BC, smem):
+    """→ (B, C) as memory has it, through shared memory: what a thread has of a product does not lie side by side."""
     C: gl.constexpr = x_BC.shape[1]
     rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     smem.store(x_BC)
-    gl.store(to + at_BC, smem.load(rows_of), mask=here_BC)
+    return smem.load(rows_of)
+
+
+@gluon.jit
+def _store(to, x_BC, smem, at_BC, here_BC):
+    gl.store(to + at_BC, _by_rows(x_BC, smem), mask=here_BC)
 
 
 @gluon.jit
@@ -192,10 +198,11 @@ def _activate(gate, up, ACTIVATION: gl.constexpr):
     """→ a, and its slopes along gate and up."""
     if ACTIVATION == "geglu":
         share = 0.5 + 0.5 * gl.erf(gate * 0.7071067811865476)
-        slope = share + gate * gl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        slope = share + gate * gl.exp2(gate * gate * (-0.5 * LOG2E)) * 0.3989422804014327
     else:
-        share = 1.0 / (1.0 + gl.exp(-gate))
-        slope = share * (1.0 + gate * (1.0 - share))
+        root = gl.rsqrt(1.0 + gl.exp2(gate * -LOG2E))
+        share = root * root
+        slope = share + gate * share * (1.0 - share)
     act = gate * share
     return act * up, slope * up, act
 
@@ -250,23 +257,25 @@ def _up_consumer(
             up_BC, up_BC2 = _halves(up)
             for part in gl.static_range(2):
                 at_BC, here_BC = _place(row, end, column + part * C, I, 2 * I, UNIT, C)
-                gate_BC, up_BC = gate_BC.to(dtype), up_BC.to(dtype)
-                _store(h, gate_BC, own, at_BC, here_BC)
-                _store(h + I // UNIT * UNIT, up_BC, own, at_BC, here_BC)
+                gate_BC = _by_rows(gate_BC.to(dtype), own)
+                gl.store(h + at_BC, gate_BC, mask=here_BC)
+                up_BC = _by_rows(up_BC.to(dtype), own)
+                gl.store(h + I // UNIT * UNIT + at_BC, up_BC, mask=here_BC)
                 # Of the rounded h, which is what backward will see.
                 a_BC, _, _ = _activate(gate_BC.to(gl.float32), up_BC.to(gl.float32), ACTIVATION)
                 at_BC, here_BC = _place(row, end, column + part * C, I, I, UNIT, C)
-                _store(a, a_BC.to(dtype), own, at_BC, here_BC)
+                gl.store(a + at_BC, a_BC.to(dtype), mask=here_BC)
                 gate_BC, up_BC = gate_BC2, up_BC2
         next_tile = _next_share(next_tile, rows * columns, programs)
         start = end
 
 
 @gluon.jit
-def _loaded(ptr, smem, at_BC, here_BC, layout: gl.constexpr):
-    """→ (B, C) float32 in another layout, through shared memory."""
-    smem.store(gl.load(ptr + at_BC, mask=here_BC, other=0.0))
-    return smem.load(layout).to(gl.float32)
+def _part_of_h(h, row, end, column, I, UNIT: gl.constexpr, C: gl.constexpr):
+    """→ (B, C) each: gate and up, 0 where there are none."""
+    at_BC, here_BC = _place(row, end, column, I, 2 * I, UNIT, C)
+    gate_BC = gl.load(h + at_BC, mask=here_BC, other=0.0)
+    return gate_BC, gl.load(h + I // UNIT * UNIT + at_BC, mask=here_BC, other=0.0)
 
 
 @gluon.jit
@@ -275,12 +284,12 @@ def _down_backward_consumer(
     UNIT: gl.constexpr, NUMBER: gl.constexpr,
 ):  # fmt: skip
     (
-        x_smem, w_smem, out_smem, full, empty, ends, h, weight, token, slot, dh, weighted_a, parts,
+        x_smem, w_smem, full, empty, ends, h, weight, token, slot, dh, weighted_a, parts,
         E, M, I, N, columns, programs,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
-    own = out_smem.index(NUMBER)
-    C: gl.constexpr = out_smem.shape[2]  # columns that are stored at a time: registers are few
+    C: gl.constexpr = COLUMNS // 4  # columns that are worked on at a time: registers are few
+    rows_of: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     next_tile = gl.program_id(0)
     start, step = next_tile * 0, next_tile * 0
     for expert in range(E):
@@ -288,34 +297,38 @@ def _down_backward_consumer(
         rows = gl.cdiv(end - start, 2 * GROUP)
         for tile in range(next_tile, rows * columns, programs):
             row, column = _swizzle(tile, rows, columns)
-            da, _, step = _multiply(x_smem, w_smem, full, empty, step, M, WIDE, 1, STAGES, NUMBER)
-            row = start + (2 * row + NUMBER) * GROUP
-            half_BC, half_BC2 = _halves(da)  # before the token's weight
-            da_BC, da_BC2 = _halves(half_BC)
-            layout: gl.constexpr = da_BC.type.layout
-            row_B = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+            at = start + (2 * row + NUMBER) * GROUP
+            first = column * COLUMNS
+            # h is asked for two parts ahead of its use, the first before the product, which hides that it takes time.
+            gate_BC, up_BC = _part_of_h(h, at, end, first, I, UNIT, C)
+            gate_BC2, up_BC2 = _part_of_h(h, at, end, first + C, I, UNIT, C)
+            row_B = at + gl.arange(0, GROUP, layout=gl.SliceLayout(1, rows_of))
             pair_B = gl.minimum(row_B, end - 1)
             weight_at_B = gl.load(token + pair_B).to(gl.int64) * K + gl.load(slot + pair_B)
             weight_B = gl.load(weight + weight_at_B).to(gl.float32)
-            part_B = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, layout))
+            da, _, step = _multiply(x_smem, w_smem, full, empty, step, M, WIDE, 1, STAGES, NUMBER)
+            half_BC, half_BC2 = _halves(da)  # before the token's weight
+            part_B = gl.zeros([GROUP], gl.float32, gl.SliceLayout(1, rows_of))
             for quarter in gl.static_range(4):
-                first = column * COLUMNS + quarter * C
-                at_BC, here_BC = _place(row, end, first, I, 2 * I, UNIT, C)
-                gate_BC = _loaded(h, own, at_BC, here_BC, layout)
-                up_BC = _loaded(h + I // UNIT * UNIT, own, at_BC, here_BC, layout)
-                a_BC, slope_BC, slope_up_BC = _activate(gate_BC, up_BC, ACTIVATION)
+                if quarter % 2 == 0:
+                    da_BC, da_BC2 = _halves(half_BC)
+                da_rows_BC = gl.convert_layout(da_BC, rows_of)
+                a_BC, slope_BC, slope_up_BC = _activate(gate_BC.to(gl.float32), up_BC.to(gl.float32), ACTIVATION)
+                gate_BC, up_BC = gate_BC2, up_BC2
+                if quarter < 2:
+                    gate_BC2, up_BC2 = _part_of_h(h, at, end, first + (quarter + 2) * C, I, UNIT, C)
+                at_BC, here_BC = _place(at, end, first + quarter * C, I, 2 * I, UNIT, C)
                 if parts is not None:  # columns behind the last have an a of 0, but maybe a da that is not finite
-                    column_C = first + gl.arange(0, C, layout=gl.SliceLayout(0, layout))
-                    part_B += gl.sum(gl.where((column_C < I)[None, :], da_BC * a_BC, 0.0), 1)
-                da_BC = da_BC * weight_B[:, None]
-                _store(dh, (da_BC * slope_BC).to(dtype), own, at_BC, here_BC)
-                _store(dh + I // UNIT * UNIT, (da_BC * slope_up_BC).to(dtype), own, at_BC, here_BC)
+                    part_B += gl.sum(gl.where(here_BC, da_rows_BC * a_BC, 0.0), 1)
+                da_rows_BC = da_rows_BC * weight_B[:, None]
+                gl.store(dh + at_BC, (da_rows_BC * slope_BC).to(dtype), mask=here_BC)
+                gl.store(dh + I // UNIT * UNIT + at_BC, (da_rows_BC * slope_up_BC).to(dtype), mask=here_BC)
                 if weighted_a is not None:
-                    at_BC, here_BC = _place(row, end, first, I, I, UNIT, C)
-                    _store(weighted_a, (a_BC * weight_B[:, None]).to(dtype), own, at_BC, here_BC)
+                    at_BC, here_BC = _place(at, end, first + quarter * C, I, I, UNIT, C)
+                    gl.store(weighted_a + at_BC, (a_BC * weight_B[:, None]).to(dtype), mask=here_BC)
                 da_BC = da_BC2
                 if quarter == 1:
-                    da_BC, da_BC2 = _halves(half_BC2)
+                    half_BC = half_BC2
             if parts is not None:
                 gl.store(parts + column.to(gl.int64) * N + row_B, part_B, mask=row_B < end)
         next_tile = _next_share(next_tile, rows * columns, programs)
@@ -334,16 +347,21 @@ def _barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def _ring(dtype: gl.constexpr, w, HALVES: gl.constexpr, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
-    """→ stages of rows and of weights, what groups store through, and the stages' barriers."""
+    """→ stages of rows and of weights, and their barriers."""
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, DEPTH], dtype)
     x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, GROUP, DEPTH], rows)
     tile: gl.constexpr = w.block_type.shape
     w_smem = gl.allocate_shared_memory(w.dtype, [HALVES * STAGES, tile[0], tile[1], tile[2]], w.layout)
-    C: gl.constexpr = 32 * HALVES
-    parts: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, C], dtype)
-    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP, C], parts)
     full, empty = _barriers(STAGES, ARRIVALS)
-    return x_smem, w_smem, out_smem, full, empty
+    return x_smem, w_smem, full, empty
+
+
+@gluon.jit
+def _out_smem(dtype: gl.constexpr):
+    """→ what each group stores half of its columns through."""
+    half: gl.constexpr = COLUMNS // 2
+    parts: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, half], dtype)
+    return gl.allocate_shared_memory(dtype, [2, GROUP, half], parts)
 
 
 @gluon.jit
@@ -351,7 +369,8 @@ def _hopper_grouped_mm(
     x, w, ends, out, E, L, P, programs, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr
 ):
     dtype: gl.constexpr = out.dtype.element_ty
-    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 2, STAGES, 1)
+    x_smem, w_smem, full, empty = _ring(dtype, w, 2, STAGES, 1)
+    out_smem = _out_smem(dtype)
     columns = gl.cdiv(P, 2 * COLUMNS)
     width = columns * 0 + 2 * COLUMNS
     fetched = x, w, x_smem, w_smem, full, empty, ends, E, L, columns, width, width // 2, programs
@@ -373,7 +392,8 @@ def _hopper_up(
     ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
-    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 2, STAGES, 2)
+    x_smem, w_smem, full, empty = _ring(dtype, w, 2, STAGES, 2)
+    out_smem = _out_smem(dtype)
     columns = gl.cdiv(I, COLUMNS)
     width = columns * 0 + COLUMNS
     fetched = x, x_stride, token, w, x_smem, w_smem, full, empty, ends, E, M, columns, width, I, programs
@@ -395,12 +415,12 @@ def _hopper_down_backward(
     K: gl.constexpr, ACTIVATION: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = h.dtype.element_ty
-    x_smem, w_smem, out_smem, full, empty = _ring(dtype, w, 1, STAGES, 2)
+    x_smem, w_smem, full, empty = _ring(dtype, w, 1, STAGES, 2)
     columns = gl.cdiv(I, COLUMNS)
     width = columns * 0 + COLUMNS
     fetched = dout, dout_stride, token, w, x_smem, w_smem, full, empty, ends, E, M, columns, width, width, programs
     shared = (
-        x_smem, w_smem, out_smem, full, empty, ends, h, weight, token, slot, dh, weighted_a, parts,
+        x_smem, w_smem, full, empty, ends, h, weight, token, slot, dh, weighted_a, parts,
         E, M, I, N, columns, programs,
     )  # fmt: skip
     gl.warp_specialize(

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ava_kernels.experts.hopper_kernels import COLUMNS, DEPTH, _barriers, _halves, _place, _store, _swizzle
+from ava_kernels.experts.hopper_kernels import COLUMNS, DEPTH, _barriers, _halves, _out_smem, _place, _store, _swizzle
 from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
@@ -130,10 +130,9 @@ def _hopper_weight_grad(
     dtype: gl.constexpr = out.dtype.element_ty
     left: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DEPTH, GROUP], dtype)
     right: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DEPTH, COLUMNS], dtype)
-    parts: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP, COLUMNS // 2], dtype)
     left_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, DEPTH, GROUP], left)
     right_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, DEPTH, COLUMNS], right)
-    out_smem = gl.allocate_shared_memory(dtype, [2, GROUP, COLUMNS // 2], parts)
+    out_smem = _out_smem(dtype)
     full, empty = _barriers(STAGES, 2)
     rows, columns = gl.cdiv(M, 2 * GROUP), gl.cdiv(P, 2 * COLUMNS)
     fetched = x, x_stride, token, y, left_smem, right_smem, full, empty, ends, E, M, P, rows, columns, programs
