@@ -296,7 +296,10 @@ _no_layout.get_default_for = _no_layout  # type: ignore[attr-defined]
 LANGUAGE = types.SimpleNamespace(
     **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "float16", "bfloat16", "where")},
     **{name: getattr(torch, name) for name in ("erf", "exp2", "log2", "rsqrt", "zeros_like")},
-    **dict.fromkeys(("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout"), _no_layout),
+    **dict.fromkeys(
+        ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout"),
+        _no_layout,
+    ),
     NVMMASharedLayout=_no_layout,
     constexpr=lambda value: value,
     static_range=range,

@@ -64,7 +64,7 @@ def assert_right(tensors, cos_sin=(), end=None, **options):
 def test_blocks_behind_a_short_document_fetch_nothing(on_this_cpu, monkeypatch):
     """The grid has as many for every document as the longest needs."""
     fetched = []
-    for producer in (hopper_forward._forward_producer, hopper_backward._backward_producer):
+    for producer in (hopper_forward._forward_producer, hopper_backward._dkdv_producer):
         names = gluon_on_cpu.names_of(producer)
         fetch = names["fetch"]
         monkeypatch.setitem(names, "fetch", lambda *given, fetch=fetch: fetched.append(1) or fetch(*given))
@@ -276,9 +276,14 @@ FAULTS = {
         "hopper.warpgroup_mma_wait(1, deps=(dv_sum",
     ),
     "bytes that are not expected": (
-        hopper_backward._backward_producer,
-        "x.block_type.nbytes + y.block_type.nbytes)\n        fetch",
-        "x.block_type.nbytes)\n        fetch",
+        hopper_backward._dq_producer,
+        "k.block_type.nbytes + v.block_type.nbytes)\n        fetch",
+        "k.block_type.nbytes)\n        fetch",
+    ),
+    "rows' numbers that are told of before they are there": (
+        hopper_backward._dkdv_producer,
+        "delta_smem.index(stage).store(delta_M)\n            mbarrier.arrive(full.index(stage))",
+        "mbarrier.arrive(full.index(stage))\n            delta_smem.index(stage).store(delta_M)",
     ),
 }
 

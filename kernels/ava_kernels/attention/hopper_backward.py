@@ -16,25 +16,63 @@ from ava_kernels.hopper import GROUP, clear_behind, fetch
 
 
 @gluon.jit
-def _backward_producer(shared, STAGES: gl.constexpr):
-    """What the producer warp does: two tiles of 64 own rows of two tensors, then pairs of tiles of two others, of one
-    head after the other."""
-    (
-        own_x, own_y, x, y, own_smem, x_smem, y_smem, own_full, full, empty,
-        b, own_h, own_first, h, q_per_kv, first, tiles,
-    ) = shared  # fmt: skip
-    rows: gl.constexpr = x.block_type.shape[1]
+def _fetch_own(own_x, own_y, own_smem, own_full, b, first, h):
+    """Two tiles of 64 own rows of two tensors."""
     mbarrier.expect(own_full, 2 * own_x.block_type.nbytes + 2 * own_y.block_type.nbytes)
     for group in gl.static_range(2):
-        fetch(own_x, [b, own_first + group * GROUP, own_h, 0], own_full, own_smem.index(group))
-        fetch(own_y, [b, own_first + group * GROUP, own_h, 0], own_full, own_smem.index(2 + group))
-    for i in range(q_per_kv * tiles):
+        fetch(own_x, [b, first + group * GROUP, h, 0], own_full, own_smem.index(group))
+        fetch(own_y, [b, first + group * GROUP, h, 0], own_full, own_smem.index(2 + group))
+
+
+@gluon.jit
+def _dq_producer(shared, STAGES: gl.constexpr):
+    """What the producer warp does: own rows, then pairs of tiles of keys and values."""
+    q, dout, k, v, own_smem, k_smem, v_smem, own_full, full, empty, b, own_first, own_h, first, h, tiles = shared
+    _fetch_own(q, dout, own_smem, own_full, b, own_first, own_h)
+    for i in range(tiles):
         stage, phase = i % STAGES, i // STAGES & 1
-        row, head = first + i % tiles * rows, h + i // tiles
+        row = first + i * k.block_type.shape[1]
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(full.index(stage), x.block_type.nbytes + y.block_type.nbytes)
-        fetch(x, [b, row, head, 0], full.index(stage), x_smem.index(stage))
-        fetch(y, [b, row, head, 0], full.index(stage), y_smem.index(stage))
+        mbarrier.expect(full.index(stage), k.block_type.nbytes + v.block_type.nbytes)
+        fetch(k, [b, row, h, 0], full.index(stage), k_smem.index(stage))
+        fetch(v, [b, row, h, 0], full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _sums_of_rows(lse, delta, i, tiles, stride, start, len_q, BM: gl.constexpr):
+    """→ lse, in units of log 2, and delta of the queries of step i; 0 behind the last, also for a step that is none."""
+    layout: gl.constexpr = gl.BlockedLayout([max(BM // 32, 1)], [32], [1], [0])
+    m_M = start + i % tiles * BM + gl.arange(0, BM, layout=layout)
+    row = (i // tiles).to(gl.int64) * stride
+    lse_M = gl.load(lse + row + m_M, mask=m_M < len_q, other=0.0) * LOG2E
+    return lse_M, gl.load(delta + row + m_M, mask=m_M < len_q, other=0.0)
+
+
+@gluon.jit
+def _dkdv_producer(shared, BM: gl.constexpr, STAGES: gl.constexpr):
+    """What the producer warp does: own rows, then pairs of tiles of queries and of output's gradients, of one head
+    after the other, and the two numbers of each of their rows, which are asked for one step ahead."""
+    (
+        k, v, q, dout, own_smem, q_smem, dout_smem, lse_smem, delta_smem, own_full, full, empty,
+        lse, delta, lse_stride, b, own_first, own_h, first_q, start, h, q_per_kv, tiles, len_q,
+    ) = shared  # fmt: skip
+    _fetch_own(k, v, own_smem, own_full, b, own_first, own_h)
+    steps = q_per_kv * tiles
+    if steps > 0:
+        lse_M, delta_M = _sums_of_rows(lse, delta, tiles * 0, tiles, lse_stride, start, len_q, BM)
+        for i in range(steps):
+            stage, phase = i % STAGES, i // STAGES & 1
+            row, head = first_q + start + i % tiles * BM, h + i // tiles
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(full.index(stage), q.block_type.nbytes + dout.block_type.nbytes)
+            fetch(q, [b, row, head, 0], full.index(stage), q_smem.index(stage))
+            fetch(dout, [b, row, head, 0], full.index(stage), dout_smem.index(stage))
+            lse_smem.index(stage).store(lse_M)
+            delta_smem.index(stage).store(delta_M)
+            mbarrier.arrive(full.index(stage))
+            lse_M, delta_M = _sums_of_rows(
+                lse, delta, gl.minimum(i + 1, steps - 1), tiles, lse_stride, start, len_q, BM
+            )
 
 
 @gluon.jit
@@ -83,8 +121,8 @@ def _dkdv_consumer(
 ):  # fmt: skip
     """What consumer 0 or 1 does: dk and dv of 64 keys."""
     (
-        lse, delta, lse_stride, cos, sin, cos_stride, sin_stride, position, dk, dv, stride,
-        own_smem, q_smem, dout_smem, own_full, full, empty, own_place, q_per_kv,
+        cos, sin, cos_stride, sin_stride, position, dk, dv, stride,
+        own_smem, q_smem, dout_smem, lse_smem, delta_smem, own_full, full, empty, own_place, q_per_kv,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = dk.dtype.element_ty
@@ -96,39 +134,40 @@ def _dkdv_consumer(
     v_own = own_smem.index(2 + NUMBER).reshape([GROUP, D])
     n_N = place + gl.arange(0, GROUP, layout=gl.SliceLayout(1, scores))
     start_N, end_N = _range(n_N, len_k, len_q - len_k, len_q, right, left, HAS_RIGHT, HAS_LEFT)
-    tile_M = gl.arange(0, BM, layout=gl.SliceLayout(0, scores))
+    columns: gl.constexpr = gl.SliceLayout(0, scores)
+    tile_M = gl.arange(0, BM, layout=columns)
     zero_NM = gl.zeros([GROUP, BM], gl.float32, scores)
     dk_ND = gl.zeros([GROUP, D], gl.float32, heads)
     dv_ND = gl.zeros([GROUP, D], gl.float32, heads)
     unit = _unit(scale, softcap, HAS_SOFTCAP)
     mbarrier.wait(own_full, 0)
-    for i in range(q_per_kv * tiles):
-        stage, phase = i % STAGES, i // STAGES & 1
-        m = start + i % tiles * BM
-        m_M = m + tile_M
-        there_M = m_M < len_q
-        row = (i // tiles).to(gl.int64) * lse_stride
-        lse_M = gl.load(lse + row + m_M, mask=there_M, other=0.0) * LOG2E
-        q_MD = q_smem.index(stage).reshape([BM, D])
-        dout_MD = dout_smem.index(stage).reshape([BM, D])
-        mbarrier.wait(full.index(stage), phase)
-        if PACKED and m + BM > len_q:
-            clear_behind(q_MD, len_q - m)
-            clear_behind(dout_MD, len_q - m)
-        product = hopper.warpgroup_mma(k_own, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-        dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-        product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
-        s_NM, slope = _scores(product_NM, scale, softcap, HAS_SOFTCAP)
-        p_NM = gl.exp2(s_NM * unit - lse_M[None, :])
-        if (m < whole_start) | (m + BM > whole_end):
-            p_NM = gl.where(_seen(start_N, end_N, m_M, HAS_RIGHT), p_NM, 0.0)
-        dv_sum = hopper.warpgroup_mma(gl.convert_layout(p_NM.to(dtype), weights), dout_MD, dv_ND, is_async=True)
-        delta_M = gl.load(delta + row + m_M, mask=there_M, other=0.0)  # late: registers are few
-        dp_NM = hopper.warpgroup_mma_wait(1, deps=(dweight,))
-        ds_NM = gl.convert_layout((p_NM * (dp_NM - delta_M[None, :]) * slope).to(dtype), weights)
-        dk_sum = hopper.warpgroup_mma(ds_NM, q_MD, dk_ND, is_async=True)
-        dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
-        mbarrier.arrive(empty.index(stage))
+    step = start * 0
+    for _member in range(q_per_kv):
+        for tile in range(tiles):
+            stage, phase = step % STAGES, step // STAGES & 1
+            m = start + tile * BM
+            q_MD = q_smem.index(stage).reshape([BM, D])
+            dout_MD = dout_smem.index(stage).reshape([BM, D])
+            mbarrier.wait(full.index(stage), phase)
+            if PACKED and m + BM > len_q:
+                clear_behind(q_MD, len_q - m)
+                clear_behind(dout_MD, len_q - m)
+            product = hopper.warpgroup_mma(k_own, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+            dweight = hopper.warpgroup_mma(v_own, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+            lse_M = lse_smem.index(stage).load(columns)
+            product_NM = hopper.warpgroup_mma_wait(1, deps=(product,))
+            s_NM, slope = _scores(product_NM, scale, softcap, HAS_SOFTCAP)
+            p_NM = gl.exp2(s_NM * unit - lse_M[None, :])
+            if (m < whole_start) | (m + BM > whole_end):
+                p_NM = gl.where(_seen(start_N, end_N, m + tile_M, HAS_RIGHT), p_NM, 0.0)
+            dv_sum = hopper.warpgroup_mma(gl.convert_layout(p_NM.to(dtype), weights), dout_MD, dv_ND, is_async=True)
+            delta_M = delta_smem.index(stage).load(columns)
+            dp_NM = hopper.warpgroup_mma_wait(1, deps=(dweight,))
+            ds_NM = gl.convert_layout((p_NM * (dp_NM - delta_M[None, :]) * slope).to(dtype), weights)
+            dk_sum = hopper.warpgroup_mma(ds_NM, q_MD, dk_ND, is_async=True)
+            dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=(dv_sum, dk_sum))
+            mbarrier.arrive(empty.index(stage))
+            step += 1
     _store_rows(dv, stride, dv_ND, v_own, place, len_k, HEAD, D)
     dk_ND = dk_ND * scale
     if ROTARY_DIM > 0:
@@ -192,7 +231,7 @@ def _dq_consumer(
 
 
 @gluon.jit
-def _ring(x, y, STAGES: gl.constexpr):
+def _ring(x, y, STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     """→ stages of two tensors' tiles, and their barriers; the barrier of what is fetched once."""
     shape: gl.constexpr = x.block_type.shape
     x_smem = gl.allocate_shared_memory(x.dtype, [STAGES, shape[0], shape[1], shape[2], shape[3]], x.layout)
@@ -202,7 +241,7 @@ def _ring(x, y, STAGES: gl.constexpr):
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(own_full, count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=2)
     return x_smem, y_smem, own_full, full, empty
 
@@ -233,15 +272,17 @@ def _hopper_dkdv(
     if position is not None:
         position += b_64 * position_stride_b + first_k
     own_smem = gl.allocate_shared_memory(k.dtype, [4, 1, GROUP, 1, D], k.layout)
-    q_smem, dout_smem, own_full, full, empty = _ring(q, dout, STAGES)
+    q_smem, dout_smem, own_full, full, empty = _ring(q, dout, STAGES, 2)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     shared = (
-        lse, delta, S_q, cos, sin, cos_stride, sin_stride, position, dk, dv, H_kv * HEAD,
-        own_smem, q_smem, dout_smem, own_full, full, empty, place, q_per_kv,
+        cos, sin, cos_stride, sin_stride, position, dk, dv, H_kv * HEAD,
+        own_smem, q_smem, dout_smem, lse_smem, delta_smem, own_full, full, empty, place, q_per_kv,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
     fetched = (
-        k, v, q, dout, own_smem, q_smem, dout_smem, own_full, full, empty,
-        b, h, first_k + place, h * q_per_kv, q_per_kv, first_q + start, tiles,
+        k, v, q, dout, own_smem, q_smem, dout_smem, lse_smem, delta_smem, own_full, full, empty,
+        lse, delta, S_q, b, first_k + place, h, first_q, start, h * q_per_kv, q_per_kv, tiles, len_q,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -253,7 +294,7 @@ def _hopper_dkdv(
                 _dkdv_consumer,
                 (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BM, STAGES, 1),
             ),
-            (_backward_producer, (fetched, STAGES)),
+            (_dkdv_producer, (fetched, BM, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -284,16 +325,15 @@ def _hopper_dq(
     if position is not None:
         position += b_64 * position_stride_b + first_q
     own_smem = gl.allocate_shared_memory(q.dtype, [4, 1, GROUP, 1, D], q.layout)
-    k_smem, v_smem, own_full, full, empty = _ring(k, v, STAGES)
+    k_smem, v_smem, own_full, full, empty = _ring(k, v, STAGES, 1)
     shared = (
         lse, delta, cos, sin, cos_stride, sin_stride, position, dq, H * HEAD,
         own_smem, k_smem, v_smem, own_full, full, empty, place,
         start, tiles, whole_start, whole_end, len_q, len_k, scale, softcap, left, right,
     )  # fmt: skip
-    one = place * 0 + 1  # a number that is no constant, as `_backward_producer` has q_per_kv that are none
     fetched = (
         q, dout, k, v, own_smem, k_smem, v_smem, own_full, full, empty,
-        b, h, first_q + place, h // q_per_kv, one, first_k + start, tiles,
+        b, first_q + place, h, first_k + start, h // q_per_kv, tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -305,7 +345,7 @@ def _hopper_dq(
                 _dq_consumer,
                 (shared, HEAD, D, ROTARY_DIM, INTERLEAVED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PACKED, BN, STAGES, 1),
             ),
-            (_backward_producer, (fetched, STAGES)),
+            (_dq_producer, (fetched, STAGES)),
         ],
         [4, 1],
         [240, 24],
