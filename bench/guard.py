@@ -8,7 +8,8 @@ cpu            Each pair of `bench.pairs`: the peer's processor time over ours, 
                turn. Below its baseline by more than the margin it is measured again, up to twice, and fails only if
                it stays there. Other processes' time does not count, and what they do to caches is what margins are for.
 sm90           What `bench.sm90` finds in every kernel compiled for an H100 or H200: fails if one spills more, has fewer
-               wgmma, TMA or cp.async instructions, or needs more registers or shared memory than the baseline allows.
+               wgmma, TMA or cp.async instructions, or has more instructions in all or needs more registers or shared
+               memory than the baseline allows.
 instructions   How many instructions valgrind counts in the C++ extension and the loader (`bench.instructions`): the
                same in every run, so 2 % more fails.
 gpu            TFLOP/s and GB/s of `make bench-gpu` in bench/results, as shares of that machine's own matmul and copy:
@@ -43,6 +44,7 @@ LEAST_MARGIN = 0.3  # of a CPU ratio: one machine was seen 15 % off itself, and 
 INSTRUCTIONS_MARGIN = 0.02
 GPU_MARGIN = 0.07
 REGISTERS_ALLOWED = 8  # more than recorded: what a compiler shifts about without a spill
+INSTRUCTIONS_ALLOWED = 1.05  # times those recorded, likewise
 
 
 class Outcome(NamedTuple):
@@ -178,7 +180,7 @@ def record_cpu(results: Path) -> dict[str, Any]:
 
 # --- What the compiler makes of the kernels ---
 
-FIELDS = ("registers", "spills", "shared", "warps", "wgmma", "tma", "cp_async")
+FIELDS = ("registers", "spills", "shared", "warps", "instructions", "wgmma", "tma", "cp_async")
 
 
 def by_launch(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
@@ -203,7 +205,8 @@ def sm90_faults(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> list[st
                 continue
             now, then = (dict(zip(FIELDS, table[case][launch], strict=True)) for table in (found, before))
             allowed = {**then, "registers": then["registers"] + REGISTERS_ALLOWED}
-            for field in ("spills", "registers", "shared"):
+            allowed["instructions"] = int(then["instructions"] * INSTRUCTIONS_ALLOWED)
+            for field in ("spills", "registers", "shared", "instructions"):
                 if now[field] > allowed[field]:
                     faults.append(f"{case}, {launch}: {field} {now[field]}, allowed are {allowed[field]}")
             for field in ("wgmma", "tma", "cp_async"):

@@ -4,9 +4,9 @@
 
 The public operations run on meta tensors at the shapes that the benchmarks time; each kernel launch is caught and
 compiled instead, for sm_90 (H100, H200) unless told otherwise, specialised as Triton would for these arguments.
-Reported per launch: registers and bytes of spills a thread, bytes of shared memory a program, how many tensor core
-(wgmma) and asynchronous fetch instructions (TMA and cp.async) the code has, and whether the assembler had to make its
-wgmma wait for each other.
+Reported per launch: registers and bytes of spills a thread, bytes of shared memory a program, how many instructions the
+code has, how many of them are the tensor cores' (wgmma) and asynchronous fetches (TMA and cp.async), and whether the
+assembler had to make its wgmma wait for each other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 triton.knobs.nvidia.dump_ptxas_log = True
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LINE = "{case:44} {kernel:15} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared"
+LINE = (
+    "{case:44} {kernel:15} {warps:2} warps {registers:4} registers {spills:4} B spilled {shared:6} B shared "
+    "{instructions:5} instructions"
+)
 INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "tma": r"cp\.async\.bulk\.tensor", "cp_async": r"cp\.async\.c[ag]\."}
 # T, M, I, E, K of the published benchmarks, and of two models.
 EXPERTS = [
@@ -291,9 +295,18 @@ def _resources(compiled: Any, architecture: int, usage: str) -> dict[str, Any]:
         "spills": _number(r"(\d+) bytes spill stores", usage),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "instructions": _instructions(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
         "serialized": "wgmma.mma_async instructions are serialized" in usage,
     }
+
+
+def _instructions(cubin: bytes) -> int:
+    """→ how many an ELF file has, padding included: since compute capability 7 each has 16 bytes."""
+    (table,), (size, number, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(number)]  # name … offset, bytes
+    named = [(cubin[sections[names][4] + section[0] :], section[5]) for section in sections]
+    return sum(length for name, length in named if name.startswith(b".text.")) // 16
 
 
 def _assembled(ptx: str, architecture: int) -> str:

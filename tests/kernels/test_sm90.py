@@ -45,6 +45,7 @@ def test_no_kernel_compiles_to_more_than_its_baseline(for_sm_90):
         ("spills", 4, "spills 4, allowed are 0"),
         ("shared", 16, "shared"),
         ("registers", 9, "registers"),
+        ("instructions", 1000, "instructions"),
         ("wgmma", -1, "wgmma instructions"),
         ("tma", -1, "tma instructions"),
         ("cp_async", -1, "cp_async instructions"),
