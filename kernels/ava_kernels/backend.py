@@ -8,6 +8,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def runs_on_triton(tensor: Tensor) -> bool:
@@ -32,6 +33,14 @@ def asked_for() -> str:
     if choice not in ("", "triton", "torch"):
         raise ValueError(f"AVA_KERNELS_BACKEND is {choice!r}; it must be triton or torch, or not be set")
     return choice
+
+
+def is_known(numbers: Tensor) -> bool:
+    """Whether to look at numbers that say where something lies: on a CPU, where that costs nothing, and on a GPU, where
+    it is to wait for it, if AVA_KERNELS_CHECK=1 is in the environment. Never while there are none, as under
+    torch.compile."""
+    there = numbers.is_cpu or (numbers.is_cuda and os.environ.get("AVA_KERNELS_CHECK") == "1")
+    return there and not torch.compiler.is_compiling() and not isinstance(numbers, FakeTensor)
 
 
 def check_triton(tensor: Tensor, asked_by: str) -> None:

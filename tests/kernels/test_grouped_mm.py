@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from ava_kernels import grouped_mm
+from ava_kernels.backend import is_known
 
 pytestmark = pytest.mark.usefixtures("small_and_seeded")
 
@@ -219,6 +223,24 @@ def test_compiles_as_a_whole_graph(product, shapes):
 def test_arguments_that_do_not_fit_are_refused(x, w, offs, message):
     with pytest.raises(ValueError, match=message):
         grouped_mm(torch.zeros(x), torch.zeros(w), offs=offs)
+
+
+@pytest.mark.parametrize("ends", [[1, 0, 4], [0, 2, 5], [-1, 2, 4]])
+@pytest.mark.parametrize("w", [(3, 8, 8), (4, 8)])
+def test_ends_that_are_none_are_refused(ends, w):
+    x = torch.zeros(4, 8) if len(w) == 3 else torch.zeros(8, 4)
+    with pytest.raises(ValueError, match=rf"offs is {re.escape(str(ends))}; it must say where .* the last at most 4"):
+        grouped_mm(x, torch.zeros(w), offs=torch.tensor(ends, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("checks", "known"), [(None, False), ("0", False), ("1", True)])
+def test_numbers_on_a_gpu_are_looked_at_where_that_is_asked_for(monkeypatch, checks, known):
+    monkeypatch.delenv("AVA_KERNELS_CHECK", raising=False)
+    if checks is not None:
+        monkeypatch.setenv("AVA_KERNELS_CHECK", checks)
+    assert is_known(SimpleNamespace(is_cpu=False, is_cuda=True)) == known  # there is no GPU to have them on
+    assert is_known(torch.zeros(3))
+    assert not is_known(torch.zeros(3, device="meta"))
 
 
 def test_two_dtypes_are_refused():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_kernels.attention import reference, sdpa, tiles
-from ava_kernels.backend import check_triton, runs_on_triton
+from ava_kernels.backend import check_triton, is_known, runs_on_triton
 from ava_kernels.rotary.op import check_cu_seqlens, check_position_ids, check_table, places
 
 MAX_HEAD_DIM = 256
@@ -81,7 +81,7 @@ def rope_attention(
     q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, any strides →
     (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` rotates elements
     (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in its own sequence, in q and in k, or
-    what `position_ids` (B or 1, S) or (S,) says; on a GPU positions beyond the table are not noticed.
+    what `position_ids` (B or 1, S) or (S,) says.
 
     Masks are aligned to the bottom right: query i is at i + S_k − S_q. `causal` hides the keys behind it;
     `window_size` (left, right) those further than `left` before and `right` behind, −1 for no limit. A query that sees
@@ -89,8 +89,10 @@ def rope_attention(
 
     With `cu_seqlens` (documents + 1) int32, 0 and the documents' ends, q, k and v are packed, (T, H, D): no document
     sees another, and positions begin anew with each unless `position_ids` (T,) says otherwise. Rows behind the last end
-    give 0. `max_seqlen`, the longest document's length, spares work; T is assumed without it. On a GPU neither is
-    checked, as that would be to wait for it.
+    give 0. `max_seqlen`, the longest document's length, spares work; T is assumed without it.
+
+    On a GPU the numbers in `cu_seqlens` and `position_ids` are not looked at, as that would be to wait for it; with
+    AVA_KERNELS_CHECK=1 in the environment they are.
 
     `return_lse` also returns log Σ exp of each query's scores, (B, H_q, S_q), packed (H_q, T), float32 (float64 for
     float64), −∞ where no key is seen. Differentiable once in q, k and v, through both.
@@ -372,7 +374,7 @@ def _attention(
     """→ out, lse, and the rotated queries and keys: without a table, or (queries) unless `keep`, with no element."""
     from ava_kernels.attention import kernels  # triton is not installed everywhere
 
-    if cu_q is not None and cu_k is not None and q.is_cpu:
+    if cu_q is not None and cu_k is not None and is_known(cu_q):
         reference.check_documents(q, k, cu_q, cu_k)
     shape = kernels.Shape(scale, left, right, softcap, interleaved, max_q, max_k)
     with torch.cuda.device_of(q):

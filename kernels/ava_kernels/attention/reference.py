@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ava_kernels.rotary.op import is_known, places
+from ava_kernels.backend import is_known
+from ava_kernels.rotary.op import places
 from ava_kernels.rotary.reference import rotate
 
 CHUNK = 2**24  # most scores that are written out at a time

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ava_kernels.backend import asked_for, check_triton, runs_on_triton
+from ava_kernels.backend import asked_for, check_triton, is_known, runs_on_triton
 from ava_kernels.experts import reference, tiles
 from ava_kernels.routing.op import Routing
 
@@ -90,7 +90,8 @@ def grouped_mm(
     offs (E,) int32 says where each expert's share of N ends, and the next one's begins; in the last form, which has no
     N, it is None. `bias` and another `out_dtype` than x's are refused, as torch refuses them. Differentiable, any
     number of times. On a GPU it never waits for the device, except in float64 or with AVA_KERNELS_BACKEND=torch, where
-    PyTorch (`reference.py`) reads `offs` on the host. Raises ValueError, naming the argument.
+    PyTorch (`reference.py`) reads `offs` on the host, or with AVA_KERNELS_CHECK=1, which looks at its numbers. Raises
+    ValueError, naming the argument.
     """
     asked_for()  # what cannot be understood is refused whatever is computed
     _check_grouped(x, w, offs, bias, out_dtype)
@@ -330,6 +331,8 @@ def _moe_mlp_backward_flops(dout: Any, x: Any, gate_up: Any, down: Any, weight: 
 
 @torch.library.custom_op("ava_kernels::grouped_mm", mutates_args=())
 def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    if is_known(offs):
+        _check_ends(offs.tolist(), x.shape[0] if w.dim() == 3 else x.shape[1])
     if not x.numel() or not w.numel():
         return x.new_zeros(_grouped_shape(x, w, offs))
     with torch.cuda.device_of(x):
@@ -338,6 +341,15 @@ def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
             return kernels.grouped_mm(x, w, offs)
         return reference.grouped_mm(x, w, offs)
+
+
+def _check_ends(ends: list[int], rows: int) -> None:
+    if sorted([0, *ends, rows]) != [0, *ends, rows]:
+        some = ends if len(ends) < 20 else f"{ends[:8]} … {ends[-8:]}"
+        raise ValueError(
+            f"offs is {some}; it must say where each expert's rows end, each end as large as the one before it, the "
+            f"last at most {rows}"
+        )
 
 
 @_grouped_mm.register_fake

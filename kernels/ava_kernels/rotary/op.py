@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from ava_kernels.backend import runs_on_triton
+from ava_kernels.backend import is_known, runs_on_triton
 from ava_kernels.rotary import reference
 
 
@@ -27,10 +26,10 @@ def apply_rotary(
 
     x (B, S, H, D), or (T, H, D) with `cu_seqlens` (documents + 1) int32, 0 and the ends of the documents that are
     packed in it → the same shape and dtype. cos, sin (positions, rotary_dim / 2). A token's position is its place in
-    its sequence, or what `position_ids` (B or 1, S), (S,) or (T,) says; on a GPU positions beyond the table are not
-    noticed. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) if `interleaved` (Su et al., 2021, "RoFormer"). `conjugate`
-    rotates the other way, which is also the gradient. Computed in float32 (float64 for float64). `inplace` writes into
-    x and returns it. Differentiable in x. Raises ValueError, naming the argument.
+    its sequence, or what `position_ids` (B or 1, S), (S,) or (T,) says; on a GPU positions beyond the table are noticed
+    with AVA_KERNELS_CHECK=1 alone. Pairs are (i, i + rotary_dim/2), or (2i, 2i+1) if `interleaved` (Su et al., 2021,
+    "RoFormer"). `conjugate` rotates the other way, which is also the gradient. Computed in float32 (float64 for
+    float64). `inplace` writes into x and returns it. Differentiable in x. Raises ValueError, naming the argument.
     """
     dims = 4 if cu_seqlens is None else 3
     if x.dim() != dims:
@@ -109,11 +108,6 @@ def check_table(cos: Tensor, tokens: int, cu_seqlens: Tensor | None, max_seqlen:
         longest = int(cu_seqlens.diff().max())
     if longest is not None and len(cos) < longest:
         raise ValueError(f"cos and sin have {len(cos)} positions; the longest sequence has {longest}")
-
-
-def is_known(numbers: Tensor) -> bool:
-    """Whether it costs nothing to look at them: not on a GPU, nor while there are none, as under torch.compile."""
-    return numbers.is_cpu and not torch.compiler.is_compiling() and not isinstance(numbers, FakeTensor)
 
 
 def places(cu_seqlens: Tensor, T: int) -> Tensor:
