@@ -77,10 +77,8 @@ def test_blocks_behind_a_short_document_fetch_nothing(on_this_cpu, monkeypatch):
         forward = len(fetched)
         torch.autograd.grad(out.sum(), tensors)
         counts.append((forward, len(fetched) - forward))
-    (forward, backward), (forward_of_more, backward_of_more) = counts
-    assert forward_of_more == forward
-    own = 7 * 2 * 3 * 4  # of 7 more blocks of 2 documents, for 2 heads of queries and 1 of keys, what they keep
-    assert backward_of_more == backward + own
+    assert all(min(count) > 0 for count in counts)
+    assert counts[0] == counts[1]
 
 
 def test_tensors_that_tma_cannot_fetch_where_they_lie(on_this_cpu):

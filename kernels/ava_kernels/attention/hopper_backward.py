@@ -28,7 +28,8 @@ def _fetch_own(own_x, own_y, own_smem, own_full, b, first, h):
 def _dq_producer(shared, STAGES: gl.constexpr):
     """What the producer warp does: own rows, then pairs of tiles of keys and values."""
     q, dout, k, v, own_smem, k_smem, v_smem, own_full, full, empty, b, own_first, own_h, first, h, tiles = shared
-    _fetch_own(q, dout, own_smem, own_full, b, own_first, own_h)
+    if tiles > 0:
+        _fetch_own(q, dout, own_smem, own_full, b, own_first, own_h)
     for i in range(tiles):
         stage, phase = i % STAGES, i // STAGES & 1
         row = first + i * k.block_type.shape[1]
@@ -56,9 +57,9 @@ def _dkdv_producer(shared, BM: gl.constexpr, STAGES: gl.constexpr):
         k, v, q, dout, own_smem, q_smem, dout_smem, lse_smem, delta_smem, own_full, full, empty,
         lse, delta, lse_stride, b, own_first, own_h, first_q, start, h, q_per_kv, tiles, len_q,
     ) = shared  # fmt: skip
-    _fetch_own(k, v, own_smem, own_full, b, own_first, own_h)
     steps = q_per_kv * tiles
     if steps > 0:
+        _fetch_own(k, v, own_smem, own_full, b, own_first, own_h)
         lse_M, delta_M = _sums_of_rows(lse, delta, tiles * 0, tiles, lse_stride, start, len_q, BM)
         for i in range(steps):
             stage, phase = i % STAGES, i // STAGES & 1
@@ -140,7 +141,8 @@ def _dkdv_consumer(
     dk_ND = gl.zeros([GROUP, D], gl.float32, heads)
     dv_ND = gl.zeros([GROUP, D], gl.float32, heads)
     unit = _unit(scale, softcap, HAS_SOFTCAP)
-    mbarrier.wait(own_full, 0)
+    if tiles > 0:
+        mbarrier.wait(own_full, 0)
     step = start * 0
     for _member in range(q_per_kv):
         for tile in range(tiles):
@@ -202,7 +204,8 @@ def _dq_consumer(
     zero_MN = gl.zeros([GROUP, BN], gl.float32, scores)
     dq_MD = gl.zeros([GROUP, D], gl.float32, heads)
     unit = _unit(scale, softcap, HAS_SOFTCAP)
-    mbarrier.wait(own_full, 0)
+    if tiles > 0:
+        mbarrier.wait(own_full, 0)
     for tile in range(tiles):
         stage, phase = tile % STAGES, tile // STAGES & 1
         n = start + tile * BN
