@@ -41,7 +41,7 @@ def _dq_producer(shared, STAGES: gl.constexpr):
 
 @gluon.jit
 def _sums_of_rows(lse, delta, i, tiles, stride, start, len_q, BM: gl.constexpr):
-    """→ lse, in units of log 2, and delta of the queries of step i; 0 behind the last, also for a step that is none."""
+    """→ lse, in units of log 2, and delta of the queries of step i; 0 behind the last."""
     layout: gl.constexpr = gl.BlockedLayout([max(BM // 32, 1)], [32], [1], [0])
     m_M = start + i % tiles * BM + gl.arange(0, BM, layout=layout)
     row = (i // tiles).to(gl.int64) * stride
