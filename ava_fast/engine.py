@@ -40,7 +40,7 @@ from ava_fast.checkpoint.shards import MASTER, MOMENTS, OTHER, Shards, write_sha
 from ava_fast.config import Config
 from ava_fast.distributed.health import raise_if_aborted
 from ava_fast.distributed.rank_0 import close_group, open_group
-from ava_fast.distributed.rendezvous import is_shared, meet
+from ava_fast.distributed.rendezvous import is_shared, meet, name_interface
 from ava_fast.errors import UserError
 from ava_fast.parts import part
 
@@ -55,6 +55,8 @@ def init_distributed(config: Config) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "500")  # the last collectives, for `distributed.stuck`
     device = _own_gpu(config) if backend == "nccl" else None
+    if "WORLD_SIZE" in os.environ:
+        name_interface()
     if is_shared():
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = meet(rank, world_size, timeout)
@@ -351,10 +353,10 @@ class Engine:
                 moment = state.setdefault(kind, torch.zeros_like(master, memory_format=torch.preserve_format))
                 moment.view(-1).narrow(0, offset, length).copy_(saved.read(kind, name, start, length))
         gathered = _import_deepspeed().zero.GatheredParameters
-        for name, parameter in self._trainable():
+        for _, parameter in self._trainable():
+            master = self._master(parameter)  # from the ranks that have read it: no byte is read twice
             with gathered([parameter], modifier_rank=0):
-                if self.rank == 0 or self._stage < 3:  # in stage 3 the others receive it
-                    parameter.copy_(saved.whole(name))
+                parameter.copy_(master)
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name in saved.description["others"]:
                 with gathered([tensor] if isinstance(tensor, nn.Parameter) else [], modifier_rank=0):

@@ -8,9 +8,9 @@ Covered: routing with capacity, bias and groups; counting sort; moving rows; the
 and the grouped product, for even, skewed, one-sided and dropping loads, sizes that fit no tile, no tokens, strided
 weights; the rotation; attention with all its gradients, causal, full, windowed, capped, packed, with heads that share
 keys and values, by each implementation; gradient statistics and clipping. Everything runs twice and must give the same
-bits; on a GPU, also from a CUDA graph and without waiting for the device. A case that fails is a line of output and an
-exit code of 1; only a lost
-device ends the run. Needs torch, triton and ava_kernels alone.
+bits; on a GPU, also from a CUDA graph, without waiting for the device, and with tensors that reach past 2³¹ elements. A
+case that fails is a line of output and an exit code of 1; only a lost device ends the run. Needs torch, triton and
+ava_kernels alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda h: F.relu(h).square(),
 }
 LOADS = ("even", "zipf", "one", "dropped", "rerouted")
+FAR = 2**31  # elements from the first to the last
 
 
 def logits_of(load: str, T: int, E: int, K: int, device: str) -> Tensor:
@@ -98,6 +99,19 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     squares = [((a.double() - b).square().sum(), b.double().square().sum()) for a, b in parts]
     error, norm = (torch.stack(each).sum() for each in zip(*squares, strict=True))
     return (error / norm).sqrt().item()
+
+
+def far(t: Tensor, dim: int) -> Tensor:
+    """The same numbers, as far apart along one dimension that offsets do not fit into 32 bits."""
+    distance = -(-FAR // (t.shape[dim] - 1) // 64) * 64  # a multiple of what tensor descriptors and vectors want
+    strides = list(torch.empty_like(t.select(dim, 0), memory_format=torch.contiguous_format).stride())
+    strides.insert(dim, distance)
+    storage = t.new_empty((t.shape[dim] - 1) * distance + t.select(dim, 0).numel())
+    return storage.as_strided(t.shape, strides).copy_(t)
+
+
+def has_room_for_far(device: str, count: int, dtype: torch.dtype) -> bool:
+    return device == "cuda" and torch.cuda.mem_get_info()[0] > 1.25 * count * FAR * dtype.itemsize
 
 
 def compare(names: list[str], found: list[Tensor], exact: list[Tensor], same: list[Tensor]) -> None:
@@ -260,7 +274,14 @@ def experts(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case
             f"{_named(sizes[0], dtype, 'zipf')}, strided",
             lambda a=(sizes[0], dtype, "zipf"): _experts(device, *a, strided=True),
         )
-    if device == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    if has_room_for_far(device, 3, dtypes[0]):
+        for backend in (None, *["hopper"] * (hopper and dtypes[0] != torch.float32)):
+            yield (
+                f"{_named(sizes[0], dtypes[0], 'zipf')}, far{f', {backend}' * bool(backend)}",
+                lambda a=backend: _experts(device, sizes[0], dtypes[0], "zipf", spread=True, backend=a),
+            )
+    if hopper:
         for size in (*sizes, *odd):
             for dtype in (d for d in dtypes if d != torch.float32):
                 for load in LOADS:
@@ -284,6 +305,7 @@ def _experts(
     activation: str = "swiglu",
     *,
     strided: bool = False,
+    spread: bool = False,
     backend: Any = None,
 ) -> None:
     T, E, K, M, I = size
@@ -302,6 +324,8 @@ def _experts(
     given = list(tensors)
     if strided:
         given[1:3] = [t.mT.contiguous().mT for t in tensors[1:3]]
+    if spread:
+        given[:3] = [far(t, 0) for t in tensors[:3]]
 
     def ours(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
         given = dataclasses.replace(chosen, weight=weight)
@@ -393,6 +417,8 @@ def rotations(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Ca
             for way in ("plain", "interleaved", "packed", "positions", "inplace", "strided"):
                 name = "B {}, S {}, H {}, D {}, {} pairs".format(*size)
                 yield f"{name}, {dtype}, {way}", lambda a=(size, dtype, way): _rotation(device, *a)
+    if has_room_for_far(device, 4, dtypes[0]):
+        yield f"more than {FAR} elements, {dtypes[0]}", lambda: _long_rotation(device, dtypes[0])
 
 
 def _rotation(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
@@ -427,6 +453,23 @@ def _rotation(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str) 
     compare(["output", "dx"], found, exact, results_of(rotated, [x], upstream))
 
 
+def _long_rotation(device: str, dtype: torch.dtype) -> None:
+    """The first and the last rows of one tensor, against the same rows alone."""
+    torch.manual_seed(0)
+    H, D, ends = 16, 128, 4
+    S = FAR // (H * D) + 2 * ends
+    x = torch.zeros(1, S, H, D, device=device, dtype=dtype)
+    rows = torch.cat((torch.arange(ends), torch.arange(S - ends, S))).to(device)
+    x[:, rows] = torch.randn(1, 2 * ends, H, D, device=device).to(dtype)
+    cos, sin = rope_table(1000, D, device=torch.device(device))
+    places = torch.arange(S, device=device)[None] % 1000
+    upstream = x.roll(1, dims=-1)
+    found = results_of(lambda x: apply_rotary(x, cos, sin, position_ids=places), [x], upstream)
+    near = [x[:, rows], upstream[:, rows]]
+    alone = results_of(lambda x: apply_rotary(x, cos, sin, position_ids=places[:, rows]), near[:1], near[1])
+    same_bits([t[:, rows] for t in found], alone)
+
+
 def attentions(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[Case]:
     """B, S, query heads, key heads, D."""
     sizes = [(1, 20, 2, 1, 16), (2, 1, 2, 1, 16)]
@@ -450,6 +493,13 @@ def attentions(device: str, tiny: bool, dtypes: list[torch.dtype]) -> Iterator[C
                 for backend in _others(device, size[-1], dtype, way):
                     forced = size, dtype, way, {**options, "backend": backend}
                     yield f"{name}, {dtype}, {way}, {backend}", lambda a=forced: _attention(device, *a)
+    if has_room_for_far(device, 3, dtypes[0]):
+        for backend in (None, *_others(device, sizes[0][-1], dtypes[0], "causal")):
+            options = {} if backend is None else {"backend": backend}
+            yield (
+                "B {}, S {}, H {}/{}, D {}".format(*sizes[0]) + f", {dtypes[0]}, far{f', {backend}' * bool(backend)}",
+                lambda a=options: _attention(device, sizes[0], dtypes[0], "causal", a, spread=True),
+            )
 
 
 def _others(device: str, D: int, dtype: torch.dtype, way: str) -> list[str]:
@@ -460,7 +510,15 @@ def _others(device: str, D: int, dtype: torch.dtype, way: str) -> list[str]:
     return ["sdpa"] * (way in ("causal", "full")) + ["hopper"] * hopper
 
 
-def _attention(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str, options: dict[str, Any]) -> None:
+def _attention(
+    device: str,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    way: str,
+    options: dict[str, Any],
+    *,
+    spread: bool = False,
+) -> None:
     B, S, H_q, H_kv, D = size
     torch.manual_seed(0)
     options = {"deterministic": options.get("backend") != "sdpa", **options}
@@ -494,9 +552,10 @@ def _attention(device: str, size: tuple[int, ...], dtype: torch.dtype, way: str,
             outs.append(torch.einsum("hqk,khd->qhd", weights, v_SHD))
         return torch.cat(outs).view_as(q)
 
-    found = results_of(ours, tensors, upstream)
+    given = [far(t, 1) for t in tensors] if spread else tensors
+    found = results_of(ours, given, upstream)
     if options["deterministic"]:
-        same_bits(found, results_of(ours, tensors, upstream))
+        same_bits(found, results_of(ours, given, upstream))
     exact = results_of(written_out, [t.double() for t in tensors], upstream)
     results = zip(["output", "dq", "dk", "dv"], found, exact, results_of(written_out, tensors, upstream), strict=True)
     if S == 1:  # the only key's weight is 1: dq and dk are 0, and ours what two orders of a sum differ by

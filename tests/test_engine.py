@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,20 @@ def held_out(engine: Engine) -> float:
         return float(engine.model(tokens(99, 0, 0)))
 
 
+@contextlib.contextmanager
+def elements_read() -> Iterator[list[int]]:
+    """What each reading of weights or moments from a checkpoint takes, in elements."""
+    counted, read = list[int](), Shards.read
+
+    def count(self: Shards, kind: str, name: str, start: int, length: int) -> Tensor:
+        counted.append(length)
+        return read(self, kind, name, start, length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "read", count)
+        yield counted
+
+
 def exercise(root: Path) -> dict[Any, dict[str, Any]]:
     """Runs on every rank: everything the tests below look at, for every case, in one process group."""
     init_distributed(make_config(0, "fp32"))
@@ -192,7 +208,9 @@ def exercise(root: Path) -> dict[Any, dict[str, Any]]:
         case["history"], case["weights"] = history, engine.gather_weights()
 
         resumed = Engine(TinyModel(), config)
-        resumed.load(folder)
+        with elements_read() as counted:
+            resumed.load(folder)
+        case["read"] = sum(counted)
         case["after_load"], case["held_out_after_load"] = resumed.gather_weights(), held_out(resumed)
         case["poisoned"] = train(resumed, range(1), poison=True)[0][1]
         case["vetoed"] = train(resumed, range(1), veto=True)[0][1]
@@ -384,6 +402,13 @@ def test_weights_and_moments_survive_any_number_of_ranks_and_stages_bitwise(
         for name, shape in before.shapes.items():
             for kind in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(*(each.read(kind, name, 0, math.prod(shape)) for each in (before, after))), name
+
+
+def test_ranks_read_each_value_once(case: tuple[int, str, list[Any]]) -> None:
+    stage, _, by_rank = case
+    elements = 3 * sum(parameter.numel() for parameter in TinyModel().parameters())
+    read = [rank["read"] for rank in by_rank]
+    assert read == [elements] * WORLD_SIZE if stage == 0 else sum(read) == elements  # in stage 0 each has them all
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,9 +15,16 @@ from ava_kernels.experts.tiles import KERNELS
 try:
     import quick_interpreter
 except ImportError:  # no Triton: its tests are skipped
-    pass
+    quick_interpreter = None
 else:
     quick_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def own_order(request: pytest.FixtureRequest) -> None:
+    """Programs of kernels run in an order that depends on the test alone, not on what ran before it."""
+    if quick_interpreter:
+        quick_interpreter.ORDER.seed(request.node.nodeid)
 
 
 @pytest.fixture

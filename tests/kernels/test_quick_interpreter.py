@@ -1,4 +1,5 @@
-"""What the tests of kernels change in Triton's interpreter: an overflow ends a kernel; functions call each other."""
+"""What the tests of kernels change in Triton's interpreter: an overflow ends a kernel; functions call each other;
+programs run in any order."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from quick_interpreter import ORDER  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton was told not to interpret")
 
@@ -49,3 +51,24 @@ def test_an_int32_that_overflows_ends_the_kernel(kind, a, b, result):
         return
     _combine[(1,)](*numbers, out, KIND=kind, N=4)
     assert out[1] == result
+
+
+@triton.jit
+def _count(next_ptr, seen_ptr):
+    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(seen_ptr + at, tl.load(next_ptr))
+    tl.store(next_ptr, tl.load(next_ptr) + 1)
+
+
+def test_programs_run_once_each_in_an_order_of_the_launch():
+    def order() -> list[int]:
+        seen = torch.full((2 * 3 * 4,), -1, dtype=torch.int32)
+        _count[(2, 3, 4)](torch.zeros(1, dtype=torch.int32), seen)
+        return seen.tolist()
+
+    ORDER.seed(1)
+    first, second = order(), order()
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert first != second != list(range(24))
+    ORDER.seed(1)
+    assert order() == first
