@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # no function: torch.compile would trace the search
 
 
 def runs_on_triton(tensor: Tensor) -> bool:
@@ -22,7 +23,7 @@ def runs_on_triton(tensor: Tensor) -> bool:
     if choice == "torch" or tensor.dtype == torch.float64:  # kernels accumulate in float32
         return False
     if choice == "":
-        return tensor.is_cuda and _has_triton()
+        return tensor.is_cuda and HAS_TRITON
     check_triton(tensor, "AVA_KERNELS_BACKEND=triton")
     return True
 
@@ -45,15 +46,10 @@ def is_known(numbers: Tensor) -> bool:
 
 def check_triton(tensor: Tensor, asked_by: str) -> None:
     """Raises RuntimeError where Triton cannot run on a tensor; `asked_by` names what asked for it, as it was given."""
-    if not _has_triton():
+    if not HAS_TRITON:
         raise RuntimeError(f"{asked_by}, but triton is not installed: pip install triton")
     if not tensor.is_cuda and not tensor.is_meta and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"{asked_by}, but a tensor is on {tensor.device}: move it to a GPU, or set "
             "TRITON_INTERPRET=1 before the first import to run the kernels in Triton's interpreter"
         )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

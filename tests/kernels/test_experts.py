@@ -443,7 +443,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch, backend):
         RuntimeError, match=f"{asked_by}, but a tensor is on cpu: move it to a GPU, or set TRITON_INTER"
     ):
         moe_mlp(*tensors, routing, backend=backend)
-    monkeypatch.setattr("ava_kernels.backend._has_triton", lambda: False)
+    monkeypatch.setattr("ava_kernels.backend.HAS_TRITON", False)
     with pytest.raises(RuntimeError, match=f"{asked_by}, but triton is not installed"):
         moe_mlp(*tensors, routing, backend=backend)
 

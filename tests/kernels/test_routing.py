@@ -532,14 +532,14 @@ def test_the_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "torch")
     assert not backend_module.runs_on_triton(single)
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "triton")
-    monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
+    monkeypatch.setattr(backend_module, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend_module.runs_on_triton(single)
     assert not backend_module.runs_on_triton(double)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="a tensor is on cpu: move it to a GPU, or set TRITON_INTERPRET=1"):
         route(torch.zeros(3, 4), 1)
-    monkeypatch.setattr(backend_module, "_has_triton", lambda: False)
+    monkeypatch.setattr(backend_module, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         route(torch.zeros(3, 4), 1)
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "cuda")
