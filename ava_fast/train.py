@@ -92,7 +92,13 @@ def _run(config: Config, options: argparse.Namespace, started_at: float) -> None
         on_rank_0(lambda: preflight(config))
         checkpoints = on_rank_0(lambda: _checkpoints(config, options))
         run_folder = on_rank_0(lambda: checkpoints[0].parent.parent if checkpoints else new_run(config))
-    see_the_same(run_folder)
+    try:
+        see_the_same(run_folder)
+    except UserError:
+        if _rank() == 0:
+            with contextlib.suppress(OSError):
+                run_folder.rmdir()  # a new one, which is empty
+        raise
     try:
         if _rank() == 0:
             elastic.begin(run_folder, agents, past, checkpoints)

@@ -25,7 +25,7 @@ settle() { # in the namespaces of node $1
 work() { # as node $1
     local rank=$1 code=0
     shift
-    "${@/NODE_RANK/$rank}" >"$folder/node_$rank.log" 2>&1 || code=$?
+    "${@//NODE_RANK/$rank}" >"$folder/node_$rank.log" 2>&1 || code=$?
     echo "exit code $code" >>"$folder/node_$rank.log"
     return "$code"
 }
