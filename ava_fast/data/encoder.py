@@ -103,7 +103,8 @@ class WordEncoder:
 
     def _forget(self) -> None:
         self._known: dict[bytes, int] = {}  # word → its row
-        self._tokens, self._edges = np.zeros(0, np.uint32), np.zeros(1, np.int64)
+        self._tokens: npt.NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._edges: npt.NDArray[np.int64] = np.zeros(1, np.int64)
 
     def _look_up(
         self, words: list[bytes], missing: list[bytes]

@@ -48,7 +48,7 @@ def ngram_baselines(
     unigram_counts = np.zeros(vocab_size, np.int64)
     context_counts = np.zeros(vocab_size, np.int64)
     pair_counts = np.zeros(len(pairs), np.int64)
-    last = np.empty(0, np.int64)
+    last: npt.NDArray[np.int64] = np.empty(0, np.int64)
     for chunk in _chunks(train):
         unigram_counts += np.bincount(chunk, minlength=vocab_size)
         chunk = np.concatenate([last, chunk])  # with the pair that spans two chunks, and in int64

@@ -140,7 +140,7 @@ def _lengths(stream: TokenStream, rows: int, S: int) -> npt.NDArray[np.int64]:
 
 def _surprisals(stream: TokenStream, rows: int, S: int, progress: bool) -> npt.NDArray[np.int64]:
     """Of a token: −log of its share of the split. Two passes over the split's tokens."""
-    counts = np.zeros(0, np.int64)
+    counts: npt.NDArray[np.intp] = np.zeros(0, np.intp)
     with progress_bar(2 * len(stream), "rarity of rows", progress, "tokens") as bar:
         for array in stream.arrays():
             for start in range(0, len(array), CHUNK_TOKENS):
