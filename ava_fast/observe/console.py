@@ -78,7 +78,7 @@ class StepBar:
         self._bar.close()
 
 
-class BarSafeHandler(logging.StreamHandler[Any]):
+class BarSafeHandler(logging.Handler):
     """Writes log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
