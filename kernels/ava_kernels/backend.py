@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,6 +43,24 @@ def is_known(numbers: Tensor) -> bool:
     torch.compile."""
     there = numbers.is_cpu or (numbers.is_cuda and os.environ.get("AVA_KERNELS_CHECK") == "1")
     return there and not torch.compiler.is_compiling() and not isinstance(numbers, FakeTensor)
+
+
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """In autocast's dtype where it is on, but for float64, as torch's own products and attention have it: norms and
+    tables in float32 leave queries in another dtype than values, and weights are float32."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """For what is computed in float32 on purpose by products that autocast knows."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def check_triton(tensor: Tensor, asked_by: str) -> None:

@@ -610,3 +610,17 @@ def test_cu_seqlens_of_another_dtype_are_refused():
 def test_tables_of_positions():
     cos, sin = rope_table(5, 8)
     assert cos.shape == sin.shape == (5, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window_size": (3, 0)}, {"return_lse": True}], ids=str)
+def test_autocast_chooses_the_dtype_as_it_does_for_torchs(backend, options):
+    q, k, v = (torch.randn(1, 5, 2, 16, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.float16):
+        mixed = rope_attention(q, k, v.half(), **options)  # norms and tables in float32 leave q and k so
+        torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v.half())
+    plain = rope_attention(q.half(), k.half(), v.half(), **options)
+    mixed, plain = (results if isinstance(results, tuple) else (results,) for results in (mixed, plain))
+    assert mixed[0].dtype == torchs.dtype == torch.float16
+    assert all(map(torch.equal, mixed, plain))
+    assert [t.dtype for t in mixed] == [t.dtype for t in plain]
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(mixed[0].sum(), [q, k, v]))

@@ -184,21 +184,32 @@ def test_the_work_is_done_by_our_operations(how, monkeypatch):
     assert len(calls) == 4
 
 
-def test_autocast_computes_in_its_dtype(monkeypatch):
-    def spy(x, gate_up, down, routing, **options):
-        dtypes.update((x.dtype, gate_up.dtype, down.dtype))
-        return moe_mlp(x, gate_up, down, routing, **options)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+def test_autocast_computes_in_its_dtype(monkeypatch, name, fused):
+    def spied(operation):
+        def spy(*args, **options):
+            out = operation(*args, **options)
+            dtypes.add(out.dtype)
+            return out
+
+        return spy
 
     dtypes = set()
-    monkeypatch.setattr(hf, "moe_mlp", spy)
-    model = random_model("mixtral").eval()
-    truth = model(token_ids()).logits
+    monkeypatch.setattr(hf, "moe_mlp", spied(moe_mlp))
+    monkeypatch.setattr(hf, "rope_attention", spied(rope_attention))
+    model = random_model(name).eval()
+    truth = model(token_ids(), use_cache=False).logits
 
-    def error(name):
+    def error():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return (switch(model, name)(token_ids()).logits - truth).norm()
+            return (model(token_ids(), use_cache=False).logits - truth).norm()
 
-    assert 0 < error("ava") <= 1.5 * error("eager")
+    eager = error()
+    switch(model, "ava")
+    if fused:
+        hf.fuse_rotary(model)
+    assert 0 < error() <= 1.5 * eager
     assert dtypes == {torch.bfloat16}
 
 

@@ -454,3 +454,17 @@ def test_an_unknown_backend_is_refused_whatever_there_is_to_do(monkeypatch, T):
     monkeypatch.setenv("AVA_KERNELS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="AVA_KERNELS_BACKEND is 'cuda'; it must be triton or torch"):
         moe_mlp(*inputs(T, 3, 8, 4, torch.float32), routing)
+
+
+def test_autocast_chooses_the_dtype_as_it_does_for_products(product):
+    routing = routing_of(6, 3, 2)
+    x, gate_up, down = inputs(6, 3, 16, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = moe_mlp(x, gate_up, down, routing)
+        mixed = moe_mlp(x.half(), gate_up, down, routing)  # behind a product, beside weights in float32
+        double = moe_mlp(x.double(), gate_up.double(), down.double(), routing)
+    assert out.dtype == mixed.dtype == torch.float16
+    assert torch.equal(out, moe_mlp(x.half(), gate_up.half(), down.half(), routing))
+    assert torch.equal(out, mixed)
+    assert double.dtype == torch.float64
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), [x, gate_up, down]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_kernels.attention import reference, sdpa, tiles
-from ava_kernels.backend import check_triton, is_known, runs_on_triton
+from ava_kernels.backend import as_autocast, check_triton, is_known, runs_on_triton, without_autocast
 from ava_kernels.rotary.op import check_cu_seqlens, check_position_ids, check_table, places
 
 MAX_HEAD_DIM = 256
@@ -78,10 +78,10 @@ def rope_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale · R(q) R(k)ᵀ + mask) v, with R the rotation by position; without cos, plain attention.
 
-    q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, any strides →
-    (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them; `interleaved` rotates elements
-    (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in its own sequence, in q and in k, or
-    what `position_ids` (B or 1, S) or (S,) says.
+    q (B, S_q, H_q, D), k and v (B, S_k, H_kv, D) with H_q a multiple of H_kv, D ≤ 256, one float dtype, which autocast
+    makes its own, any strides → (B, S_q, H_q, D). cos, sin (positions, rotary_dim / 2), as `rope_table` makes them;
+    `interleaved` rotates elements (2i, 2i+1) instead of (i, i + rotary_dim/2). A token's position is its place in its
+    own sequence, in q and in k, or what `position_ids` (B or 1, S) or (S,) says.
 
     Masks are aligned to the bottom right: query i is at i + S_k − S_q. `causal` hides the keys behind it;
     `window_size` (left, right) those further than `left` before and `right` behind, −1 for no limit. A query that sees
@@ -107,6 +107,7 @@ def rope_attention(
     Raises ValueError, naming the argument.
     """
     packed = cu_seqlens is not None
+    q, k, v = as_autocast(q, k, v)
     _check(q, k, v, cos, sin, softmax_scale, window_size, softcap, cu_seqlens, max_seqlen, position_ids)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     left, right = window_size or (-1, -1)
@@ -131,7 +132,8 @@ def rope_attention(
     longest = q.shape[1] if max_seqlen is None else max_seqlen
     lse: Tensor | None
     if chosen == "torch":
-        out, lse = reference.attention(q, k, v, *arguments, return_lse)
+        with without_autocast(q):
+            out, lse = reference.attention(q, k, v, *arguments, return_lse)
     else:
         lengths = (longest, longest) if packed else (q.shape[1], k.shape[1])
         out, lse = attention(q, k, v, *arguments, *lengths, chosen == "hopper")

@@ -203,14 +203,13 @@ def _rotate_and_attend(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`separate`, the layer's own forward, where this can be computed together; and else by it."""
-    asked = [*_REFUSED_ATTENTION, "output_attentions", "is_causal", "cu_seq_lens_q"]
+    # A cache is "past_key_values" up to transformers 5.23, and "cache", which is refused anyhow, from 5.24 on.
+    asked = [*_REFUSED_ATTENTION, "past_key_values", "output_attentions", "is_causal", "cu_seq_lens_q"]
     if (
         attention_mask is not None
-        or past_key_values is not None
         or (module.training and module.attention_dropout)
         or module.config._attn_implementation != "ava"
         or any(kwargs.get(name) is not None and kwargs.get(name) is not False for name in asked)
@@ -219,7 +218,6 @@ def _rotate_and_attend(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
     q, k, v = (

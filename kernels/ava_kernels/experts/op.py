@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ava_kernels.backend import asked_for, check_triton, is_known, runs_on_triton
+from ava_kernels.backend import as_autocast, asked_for, check_triton, is_known, runs_on_triton
 from ava_kernels.experts import reference, tiles
 from ava_kernels.routing.op import Routing
 
@@ -34,10 +34,11 @@ def moe_mlp(
 ) -> Tensor:
     """Σ_k weight · down_e · a(gate_up_e · x) over each token's experts, without the pairs that `routing` dropped.
 
-    x (T, M), gate_up (E, 2I, M) with the gate's rows first, down (E, M, I), all of one float dtype and of any strides
-    (a transposed view costs no copy) → (T, M) in that dtype. a is silu(gate) · up for "swiglu" (Shazeer, 2020),
-    gelu(gate) · up for "geglu"; for "gelu" (exact, by erf) and "relu2" (relu squared; So et al., 2021) there is no
-    gate, and gate_up is (E, I, M). Products are summed in float32 (float64 for float64), and so are a token's experts.
+    x (T, M), gate_up (E, 2I, M) with the gate's rows first, down (E, M, I), all of one float dtype, which autocast
+    makes its own, and of any strides (a transposed view costs no copy) → (T, M) in that dtype. a is silu(gate) · up for
+    "swiglu" (Shazeer, 2020), gelu(gate) · up for "geglu"; for "gelu" (exact, by erf) and "relu2" (relu squared; So et
+    al., 2021) there is no gate, and gate_up is (E, I, M). Products are summed in float32 (float64 for float64), and so
+    are a token's experts.
 
     Kept for backward: x and the pre-activations (T·K, 2I), besides the weights and the routing; the activation is
     recomputed, the experts' outputs are not needed. Differentiable once in x, gate_up, down and routing.weight.
@@ -53,6 +54,7 @@ def moe_mlp(
     same input gives the same bits. Raises ValueError, naming the argument, and RuntimeError where Triton is asked for
     and cannot run.
     """
+    x, gate_up, down = as_autocast(x, gate_up, down)
     _check(x, gate_up, down, routing, activation, gradient_sums)
     if backend is None:
         asked_for()  # what cannot be understood is refused whatever is computed

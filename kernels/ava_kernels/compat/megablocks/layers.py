@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ava_kernels.backend import as_autocast
 from ava_kernels.compat.megablocks import ops
 from ava_kernels.compat.megablocks.arguments import Arguments, InitFn, own_arguments
 from ava_kernels.compat.megablocks.losses import save_load_balancing_loss, save_log_sum_exp
@@ -51,7 +52,7 @@ class MoE(torch.nn.Module):
         args = self.args
         if x.dim() < 2 or x.shape[-1] != args.hidden_size:
             raise ValueError(f"x has the shape {tuple(x.shape)}; its last dimension must be {args.hidden_size}")
-        x = _autocast(x)
+        (x,) = as_autocast(x)
         x_TH = x.reshape(-1, args.hidden_size)
         capacity = self._capacity(len(x_TH))
         routing: Routing = self.router(x_TH, capacity if self.overflow == "next_best" else None)
@@ -163,7 +164,7 @@ class _ExpertsMlp(torch.nn.Module):
         product = torch.bmm if ends_E is None else functools.partial(grouped_mm, offs=ends_E)
         gate = product(x, self._in(self.w1))
         up = None if self.v1 is None else product(x, self._in(self.v1))
-        w2_EFH = _autocast(self.w2).view(-1, self.args.ffn_hidden_size, self.args.hidden_size)
+        w2_EFH = as_autocast(self.w2)[0].view(-1, self.args.ffn_hidden_size, self.args.hidden_size)
 
         def second_half(gate: Tensor, up: Tensor | None, w2_EFH: Tensor) -> Tensor:
             a = self.args.activation_fn(gate)
@@ -175,9 +176,10 @@ class _ExpertsMlp(torch.nn.Module):
 
     def _in(self, weight: Tensor) -> Tensor:
         """→ (E, H, F)"""
+        (weight,) = as_autocast(weight)
         if not self.dropless:
-            return _autocast(weight)
-        return _autocast(weight).view(-1, self.args.ffn_hidden_size, self.args.hidden_size).mT
+            return weight
+        return weight.view(-1, self.args.ffn_hidden_size, self.args.hidden_size).mT
 
 
 class _SharedExpert(torch.nn.Module):
@@ -215,9 +217,3 @@ def _normalized(weight_TK: Tensor, order: float | None) -> Tensor:
         return weight_TK
     norm_T1 = torch.linalg.vector_norm(weight_TK, ord=order, dim=-1, keepdim=True)
     return weight_TK / norm_T1.clamp_min(torch.finfo(norm_T1.dtype).tiny)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """In autocast's dtype where it is on: the copies that follow then move fewer bytes."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
