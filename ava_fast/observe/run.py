@@ -135,7 +135,10 @@ def logging_started() -> bool:
 
 
 def stop_logging() -> None:
-    """Closes what `start_logging` opened."""
+    """Closes what `start_logging` opened; what is logged afterwards is the process's again."""
+    package = logging.getLogger("ava_fast")
+    package.setLevel(logging.NOTSET)
+    package.propagate = True
     while _handlers:
         logger, handler = _handlers.pop()
         logger.removeHandler(handler)

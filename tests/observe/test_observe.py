@@ -1,6 +1,7 @@
 """The numbers a run reports, its folder and its report."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ava_fast.errors import UserError
 from ava_fast.model.transformer import Transformer
 from ava_fast.observe.console import duration, step_line
 from ava_fast.observe.report import write_report
-from ava_fast.observe.run import Metrics, new_run, newest_run, read_metrics
+from ava_fast.observe.run import Metrics, new_run, newest_run, read_metrics, start_logging, stop_logging
 from ava_fast.observe.throughput import active_parameters, flops_per_token
 
 TINY = ["model.vocab_size=64", "model.hidden_size=16", "model.num_heads=2", "moe.intermediate_size=8"]
@@ -172,3 +173,14 @@ def test_a_run_stopped_before_its_first_step_has_a_report(tmp_path: Path) -> Non
     text = write_report(tmp_path, load_config(None), {"status": "stopped", "parameters": 1}).read_text()
     assert "| status | stopped |" in text
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_after_a_run_lines_go_where_the_process_sends_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("ava_fast.trainer")
+    start_logging(tmp_path)
+    logger.warning("of the run")
+    stop_logging()
+    logger.warning("of the process")
+    logger.debug("which wants no such lines")
+    assert [record.message for record in caplog.records] == ["of the process"]
+    assert (tmp_path / "logs" / "training.log").read_text().endswith("of the run\n")
