@@ -39,7 +39,8 @@ def name_interface() -> None:
     if alone or "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname()):
         return
     # Where rank 0 is, the name under which it is reached may be the loopback's too.
-    towards = os.environ["MASTER_ADDR"] if not _is_loopback(os.environ["MASTER_ADDR"]) else _ELSEWHERE
+    master = os.environ.get("MASTER_ADDR", "")
+    towards = _ELSEWHERE if _is_loopback(master) else master
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, 9))  # sends nothing: the system only chooses a way
